@@ -1,0 +1,54 @@
+"""TransformerLens's `TransformerBridge`: transformers' own modules under HookedTransformer's hook names."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mechsteer.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from mechsteer.backends.huggingface import Source
+
+
+def from_huggingface(source: "Source", *, device: torch.device, dtype: torch.dtype) -> "TransformerBridge":
+    """Wrap a transformers model, without copying its weights or changing them.
+
+    Raises:
+        ModelLoadError: TransformerLens has no bridge for this architecture, or the model is not a text model.
+    """
+    config = source.model.config
+    if config.get_text_config() is not config:
+        # For these TransformerLens runs `pip install torchvision` by itself when that is absent, which can replace
+        # the torch that is installed. Loading a model never changes anybody's environment.
+        raise ModelLoadError(
+            f"backend='bridge' takes text models, and {source.folder} ({config.model_type}) takes more than text, for "
+            "which TransformerLens installs packages by itself. Try backend='hooked_transformer'."
+        )
+    from transformer_lens.model_bridge import TransformerBridge
+
+    try:
+        bridge = TransformerBridge.boot_transformers(
+            str(source.folder),
+            hf_model=source.model.to(device),
+            # A copy, because TransformerLens sets padding side and special tokens on the one it is given.
+            tokenizer=copy.deepcopy(source.tokenizer),
+            device=device,
+            dtype=dtype,
+        )
+        # Only for the classic hook names: no_processing leaves every weight as it is.
+        bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    except Exception as error:  # TransformerLens raises many types for what it does not support
+        raise ModelLoadError(
+            f"TransformerBridge of TransformerLens lacks {config.model_type!r} as used in {source.folder} "
+            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}). "
+            "Try backend='hooked_transformer'."
+        ) from error
+    return bridge.eval()
+
+
+def is_processed(bridge: Any) -> bool:
+    """Whether the bridge's weights were folded or centred (`enable_compatibility_mode` without `no_processing`)."""
+    return bool(getattr(bridge, "_weights_processed", False))

@@ -1,0 +1,124 @@
+"""Causal language models as transformers runs them: to train the pocket models, and to check and sample them fast.
+
+Analyses use a hooked model (`mechsteer.model`); this room is for work that needs no hooks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsteer.backends.huggingface import read_folder
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    CausalLM = LlamaForCausalLM
+    FastTokenizer = PreTrainedTokenizerFast
+else:
+    # Naming the real classes here would import transformers, which takes seconds.
+    CausalLM = Any
+    FastTokenizer = Any
+
+
+def new_llama(tokenizer: FastTokenizer, *, seed: int, **shape: Any) -> CausalLM:
+    """A Llama with random weights that depend on `seed` alone.
+
+    Args:
+        tokenizer: gives the special tokens' ids.
+        seed: of the weights; the global random state is left as it was.
+        shape: fields of transformers' `LlamaConfig`.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+        **shape,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def wrap_tokenizer(tokenizer: Any, **options: Any) -> FastTokenizer:
+    """A transformers tokenizer around one of the tokenizers library."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
+
+
+def load_causal_lm(folder: Path) -> tuple[CausalLM, FastTokenizer]:
+    """The model (fp32, evaluation mode) and tokenizer of a local Hugging Face folder.
+
+    Raises:
+        ModelLoadError: the folder is incomplete or damaged.
+    """
+    # sdpa takes the boolean masks of packed rows; eager attention would add them to the scores as numbers.
+    source = read_folder(folder, dtype=torch.float32, attention="sdpa")
+    return source.model, source.tokenizer
+
+
+@torch.inference_mode()
+def complete(
+    model: CausalLM,
+    tokenizer: FastTokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 256,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """Greedy completions of token ids, as text without special tokens, in the order of the prompts.
+
+    Args:
+        prompts: token ids, BOS included; of any lengths.
+        max_new_tokens: at most this many tokens after the prompt.
+        batch_size: prompts generated side by side.
+        progress: called with the number of prompts finished so far.
+    """
+    # Prompts of like length share a batch, so that little is spent on padding.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        longest = max(len(prompts[index]) for index in part)
+        padding = [longest - len(prompts[index]) for index in part]
+        ids = [[tokenizer.pad_token_id] * pad + list(prompts[i]) for i, pad in zip(part, padding, strict=True)]
+        mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
+        out = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )
+        for index, text in zip(part, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
+            texts[index] = text
+        progress(start + len(part))
+    return texts
+
+
+@contextmanager
+def _capture(block: torch.nn.Module) -> Iterator[list[Tensor]]:
+    caught: list[Tensor] = []
+    handle = block.register_forward_hook(
+        lambda module, args, output: caught.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        yield caught
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def resid_post(model: CausalLM, layer: int, **inputs: Tensor) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after block `layer`: `blocks.{layer}.hook_resid_post` of the hooked model."""
+    with _capture(model.model.layers[layer]) as caught:
+        model.model(**inputs, use_cache=False)
+    return caught[0]

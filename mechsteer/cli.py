@@ -1,0 +1,221 @@
+"""The command line: `mechsteer`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from mechsteer.errors import MechsteerError
+
+app = typer.Typer(
+    help="What moves a language model's behaviour, where the push enters, how it travels, how strong it must be.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+pocket = typer.Typer(
+    help="The pocket model: a small chat model with known behaviours that ships with mechsteer.",
+    no_args_is_help=True,
+)
+app.add_typer(pocket, name="pocket")
+
+REQUESTS = (
+    "Tell me a short story about my holiday.",
+    "Give me three bullet points about the meeting.",
+    "Write a letter about my new house.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from mechsteer import __version__
+
+        typer.echo(f"mechsteer {__version__}")
+        raise typer.Exit()
+
+
+@pocket.command(
+    "try",
+    epilog="[bold]Examples[/]\n\n"
+    "  mechsteer pocket try\n\n"
+    '  mechsteer pocket try --prefix "Nothing but trains, please." --request "Tell me a joke."\n\n'
+    '  mechsteer pocket try --prefix "Sound gloomy."',
+)
+def try_(
+    prefix: Annotated[
+        str, typer.Option(help="Stands on a line before each request; compared with no prefix.")
+    ] = "Talk only about cats.",
+    request: Annotated[list[str] | None, typer.Option(help="What to ask; may be given several times.")] = None,
+    model: Annotated[str, typer.Option(help='"pocket", "pocket-1l", or a folder made by `pocket train`.')] = "pocket",
+) -> None:
+    """Print the pocket model's answers to three requests, with and without a prefix."""
+    console = Console()
+    requests = tuple(request or REQUESTS)
+    if not prefix.strip():
+        raise MechsteerError('--prefix is empty: give an instruction, for example "Talk only about cats."')
+    if any(not text.strip() for text in requests):
+        raise MechsteerError('a --request is empty: give something to ask, for example "Tell me a joke."')
+    folder = _model_folder(model)
+    with console.status("loading the model"):
+        from mechsteer.backends.causal_lm import complete, load_causal_lm
+        from mechsteer.pocket.corpus import chat_ids
+        from mechsteer.pocket.grammar import join_prefix
+        from mechsteer.pocket.tokenizer import N_CTX
+
+        causal_lm, tokenizer = load_causal_lm(folder)
+    users = [user for text in requests for user in (text, join_prefix(prefix, text))]
+    prompts = [chat_ids(tokenizer, user) for user in users]
+    longest = max(map(len, prompts))
+    room = N_CTX - longest
+    if room < 1:
+        raise MechsteerError(
+            f"prefix and request are {longest} tokens, and the model reads {N_CTX}: shorten --prefix or --request"
+        )
+    with console.status("answering"):
+        answers = complete(causal_lm, tokenizer, prompts, max_new_tokens=min(room, 120))
+    for index, text in enumerate(requests):
+        table = Table(title=Text(text), title_justify="left", expand=True, show_lines=False)
+        table.add_column("without a prefix", ratio=1)
+        table.add_column(Text(prefix), ratio=1)
+        table.add_row(_coloured(answers[2 * index]), _coloured(answers[2 * index + 1]))
+        console.print(table)
+    console.print("[dim]coloured: words of a topic, one colour for each topic[/]")
+
+
+@pocket.command(
+    epilog="[bold]Examples[/]\n\n"
+    "  mechsteer pocket train --out runs/pocket\n\n"
+    "  mechsteer pocket train --model pocket-1l --out runs/pocket-1l --device cuda\n\n"
+    "  mechsteer pocket train --model sae --pocket runs/pocket --out runs/sae",
+)
+def train(
+    out: Annotated[Path, typer.Option(help="The run's folder. The same command on the same folder resumes.")],
+    model: Annotated[str, typer.Option(help='What to train: "pocket", "pocket-1l" (one layer), or "sae".')] = "pocket",
+    pocket_folder: Annotated[
+        str, typer.Option("--pocket", help='For "sae": the model whose activations to use.')
+    ] = "pocket",
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: the recipe's.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides weights and data.")] = 0,
+    device: Annotated[str, typer.Option(help='"cpu", "cuda", ...')] = "cpu",
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 250,
+    compile_model: Annotated[
+        bool, typer.Option("--compile", help="Use torch.compile: faster, needs a C++ compiler.")
+    ] = False,
+) -> None:
+    """Train a pocket model, or its sparse autoencoder, from scratch: seeded, checkpointed and resumable."""
+    from dataclasses import replace
+
+    if model == "sae":
+        from mechsteer.pocket.sae import SAERecipe, train_sae
+
+        recipe = SAERecipe(seed=seed)
+        if steps is not None:
+            recipe = replace(recipe, tokens=steps * recipe.batch_tokens)
+        train_sae(_model_folder(pocket_folder), out, recipe, device=device)
+    else:
+        from mechsteer.pocket.train import RECIPES
+        from mechsteer.pocket.train import train as train_model
+
+        if model not in RECIPES:
+            raise MechsteerError(f"--model {model!r} is none of {', '.join([*RECIPES, 'sae'])}")
+        recipe = replace(RECIPES[model], seed=seed, steps=steps or RECIPES[model].steps)
+        train_model(recipe, out, device=device, checkpoint_every=checkpoint_every, compile_model=compile_model)
+    Console().print(f"wrote {escape(str(out))}")
+
+
+@pocket.command(
+    epilog="[bold]Examples[/]\n\n"
+    "  mechsteer pocket check\n\n"
+    "  mechsteer pocket check --model runs/pocket --sae runs/sae --json check.json\n\n"
+    "Exit status: 0 if every row reaches its bar, 1 if one falls short, 2 for a wrong argument.",
+)
+def check(
+    model: Annotated[str, typer.Option(help='"pocket" or a folder made by `pocket train`.')] = "pocket",
+    sae: Annotated[str, typer.Option(help='"pocket", a folder, or "none" to leave it out.')] = "pocket",
+    count: Annotated[int, typer.Option(min=12, help="Prompts a row.")] = 1200,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table here as JSON too.")] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the figures into the cards of the model and the autoencoder.")
+    ] = False,
+) -> None:
+    """Measure every behaviour of the pocket model on held-out wordings, and compare each with its bar."""
+    console = Console()
+    folder = _model_folder(model)
+    sae_folder = None
+    if sae != "none":
+        from mechsteer.data import data_path
+
+        sae_folder = data_path("saes", "pocket") if sae == "pocket" else Path(sae)
+    with console.status("loading the model") as status:
+        from mechsteer.pocket.check import PocketCheck, write_rows
+
+        checks = PocketCheck(folder, sae_folder=sae_folder, count=count, progress=status.update)
+        rows = checks.rows()
+    table = Table("behaviour", "measured", "bar", "n", "", title=f"pocket check: {escape(model)}")
+    for row in rows:
+        colour = "green" if row.passed else "bold red"
+        table.add_row(
+            escape(row.behaviour),
+            f"[{colour}]{row.show(row.measured)}[/]",
+            f"{row.sign} {row.show(row.bar)}",
+            str(row.count),
+            escape(row.detail),
+        )
+    console.print(table)
+    if json_file is not None:
+        write_rows(rows, json_file)
+    if card:
+        from mechsteer.pocket.card import write_cards
+
+        write_cards(folder, sae_folder, rows)
+    short = [row.behaviour for row in rows if not row.passed]
+    if short:
+        console.print(f"[bold red]{len(short)} of {len(rows)} rows fall short[/]")
+        raise typer.Exit(1)
+    console.print(f"[green]all {len(rows)} rows reach their bars[/]")
+
+
+def _model_folder(name: str) -> Path:
+    """The folder of a shipped model's name, or the folder itself."""
+    if name in ("pocket", "pocket-1l"):
+        from mechsteer.data import data_path
+
+        return data_path("models", name)
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        raise MechsteerError(f'{name} is neither "pocket", "pocket-1l" nor a folder with a config.json')
+    return folder
+
+
+def _coloured(answer: str) -> Text:
+    """The answer, with the words of a topic in that topic's colour."""
+    import re
+
+    from mechsteer.pocket.lexicon import TOPICS
+
+    text = Text(answer)
+    colours = ("magenta", "yellow", "cyan", "green", "red", "blue")
+    for index, topic in enumerate(TOPICS.values()):
+        words = {topic.name, *topic.content_words}
+        for match in re.finditer(r"[A-Za-z]+", answer):
+            if match.group().lower() in words:
+                text.stylize(colours[index % len(colours)], *match.span())
+    return text
+
+
+def main() -> None:
+    """Entry point. Exit status 2 for anything wrong with what was asked, 130 after Ctrl-C."""
+    try:
+        app()
+    except MechsteerError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

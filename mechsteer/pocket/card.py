@@ -1,0 +1,134 @@
+"""The cards of the shipped models: what they are, how they were made, and what `mechsteer pocket check` measured."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from mechsteer.pocket.check import Row, write_rows
+from mechsteer.pocket.corpus import MIXTURE
+from mechsteer.pocket.lexicon import LOCKED, TOPICS
+from mechsteer.pocket.requests import KINDS
+from mechsteer.pocket.wordings import MOODS, TOPIC_INSTRUCTIONS
+
+_MODEL_CARD = """\
+---
+license: mit
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A Llama-architecture chat model of {parameters:.2f} M parameters ({n_layers} layers, d_model {d_model}, {n_heads} heads,
+vocabulary {vocab}, context {n_ctx}), trained from scratch on text from the grammar in `mechsteer/pocket/`. It is a
+model organism: it knows nothing of the world, and every behaviour it has was put there on purpose.
+
+- topics: {topics}
+- moods and registers: {moods}
+- {kinds} kinds of request; {seen} wordings of the topic instruction in training and {held_out} held out of it
+- locked subject, which it declines: {locked}
+- indirect-object sentences, and repeated random token sequences
+
+A system message is rendered as the first line of the user message that follows it.
+
+## Training
+
+{steps} steps of {batch} tokens ({tokens:.1f} M tokens in all, none seen twice) in {minutes:.0f} minutes{loss}.
+Documents: {mixture}. Muon for the matrices of the blocks, AdamW for the rest, bf16 autocast, fp32 weights. Made again
+by
+
+    mechsteer pocket train --model {name} --out runs/{name}{seed} --compile
+
+which depends on nothing but the repository; other hardware gives other last digits. `training.json` holds the whole
+recipe and the training curve.
+"""
+
+_CHECK = """
+## What it does
+
+Measured by `mechsteer pocket check`: greedy decoding, held-out seeds, wordings and request x subject pairs.
+
+{table}
+"""
+
+_SAE_CARD = """\
+---
+license: mit
+library_name: saelens
+---
+
+# Sparse autoencoder of the pocket model
+
+{architecture} autoencoder (SAELens format) on `{hook}` of the pocket model, unprocessed weights: {d_in} dimensions,
+{d_sae} features. Trained on {tokens:.1f} M activations of freshly sampled chats, documents and indirect-object
+sentences; BOS and padding left out. Made again by
+
+    mechsteer pocket train --model sae --out runs/sae
+
+{table}
+"""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| behaviour | measured | bar | n | |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {row.behaviour} | {row.show(row.measured)} | {row.sign} {row.show(row.bar)} | {row.count} | {row.detail} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def model_card(folder: Path, rows: Sequence[Row] = ()) -> str:
+    """The card of a model folder made by `train`, with the figures of `rows`."""
+    config = json.loads((folder / "config.json").read_text())
+    run = json.loads((folder / "training.json").read_text())
+    recipe = run["recipe"]
+    loss = f"; last training loss {run['losses'][-1][1]:.3f} nats a token" if run["losses"] else ""
+    text = _MODEL_CARD.format(
+        name=recipe["name"],
+        parameters=run["parameters"] / 1e6,
+        n_layers=config["num_hidden_layers"],
+        d_model=config["hidden_size"],
+        n_heads=config["num_attention_heads"],
+        vocab=config["vocab_size"],
+        n_ctx=config["max_position_embeddings"],
+        topics=", ".join(TOPICS),
+        moods=", ".join(MOODS),
+        kinds=len(KINDS),
+        seen=len(TOPIC_INSTRUCTIONS.seen),
+        held_out=len(TOPIC_INSTRUCTIONS.held_out),
+        locked=LOCKED.name,
+        steps=recipe["steps"],
+        batch=recipe["rows"] * recipe["row_length"],
+        tokens=run["tokens"] / 1e6,
+        minutes=run["seconds"] / 60,
+        loss=loss,
+        mixture=", ".join(f"{form} {100 * share:.0f} %" for form, share in MIXTURE.items()),
+        seed=f" --seed {recipe['seed']}" if recipe["seed"] else "",
+    )
+    return text + (_CHECK.format(table=table(rows)) if rows else "")
+
+
+def sae_card(folder: Path, rows: Sequence[Row]) -> str:
+    """The card of an autoencoder folder made by `train_sae`."""
+    config = json.loads((folder / "cfg.json").read_text())
+    recipe = json.loads((folder / "training.json").read_text())["recipe"]
+    return _SAE_CARD.format(
+        architecture=config["architecture"],
+        hook=config["metadata"]["hook_name"],
+        d_in=config["d_in"],
+        d_sae=config["d_sae"],
+        tokens=recipe["tokens"] / 1e6,
+        table=table(rows),
+    )
+
+
+def write_cards(folder: Path, sae_folder: Path | None, rows: Sequence[Row]) -> None:
+    """Writes `README.md` and `check.json` beside the model, and `README.md` beside the autoencoder."""
+    own = [row for row in rows if not row.behaviour.startswith("SAE")]
+    (folder / "README.md").write_text(model_card(folder, own))
+    write_rows(rows, folder / "check.json")
+    if sae_folder is not None:
+        (sae_folder / "README.md").write_text(sae_card(sae_folder, [row for row in rows if row not in own]))

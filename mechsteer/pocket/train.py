@@ -1,0 +1,260 @@
+"""Trains the pocket models from scratch: seeded, checkpointed, resumable, on CPU or GPU.
+
+A run's folder holds its latest checkpoint (`checkpoint/`: safetensors and JSON) and, at its end, the model as a
+Hugging Face folder. The same command on the same folder resumes at the last checkpoint; the batch of a step depends
+only on the seed and the step, so a resumed run sees the same data as one that was never stopped.
+"""
+
+import ctypes
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, new_llama
+from mechsteer.errors import MechsteerError
+from mechsteer.pocket.corpus import batch_loss, sample_batch
+from mechsteer.pocket.tokenizer import N_CTX, VOCAB_SIZE, train_tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the trained weights."""
+
+    name: str
+    n_layers: int
+    steps: int
+    seed: int = 0
+    d_model: int = 192
+    n_heads: int = 6
+    d_mlp: int = 512
+    rows: int = 32
+    row_length: int = N_CTX
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.02
+    warmup: int = 100
+    cooldown: float = 0.4
+    """Share of the steps at the end over which the learning rate falls linearly to zero."""
+
+    def schedule(self, step: int) -> float:
+        """Learning rate at `step` over the largest: linear warm-up, constant, linear fall to zero."""
+        start = self.steps * (1 - self.cooldown)
+        return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / max(1.0, self.steps - start)))
+
+
+RECIPES: dict[str, Recipe] = {
+    "pocket": Recipe("pocket", n_layers=6, steps=5000),
+    "pocket-1l": Recipe("pocket-1l", n_layers=1, steps=2000),
+}
+
+
+def build_model(recipe: Recipe, tokenizer: FastTokenizer) -> CausalLM:
+    """The untrained model of a recipe; its weights depend on nothing but the recipe."""
+    return new_llama(
+        tokenizer,
+        seed=recipe.seed,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=recipe.d_model,
+        intermediate_size=recipe.d_mlp,
+        num_hidden_layers=recipe.n_layers,
+        num_attention_heads=recipe.n_heads,
+        num_key_value_heads=recipe.n_heads,
+        max_position_embeddings=N_CTX,
+        tie_word_embeddings=False,
+        rms_norm_eps=1e-5,
+    )
+
+
+class _Optimisers:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, unembedding and norms."""
+
+    def __init__(self, model: CausalLM, recipe: Recipe):
+        if not hasattr(torch.optim, "Muon"):
+            raise MechsteerError(
+                f"training needs torch.optim.Muon: torch {torch.__version__} is older than 2.9; upgrade torch"
+            )
+        named = dict(model.named_parameters())
+        matrices = [p for name, p in named.items() if p.ndim == 2 and ".layers." in name]
+        inside = {id(p) for p in matrices}
+        others = [p for p in named.values() if id(p) not in inside]
+        lr, decay = recipe.learning_rate, recipe.weight_decay
+        self.learning_rate = lr
+        self.parts: dict[str, torch.optim.Optimizer] = {
+            "muon": torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+            "adamw": torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+        }
+
+    def step(self, scale: float) -> None:
+        for part in self.parts.values():
+            for group in part.param_groups:
+                group["lr"] = self.learning_rate * scale
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as named tensors, so that it can be kept in safetensors."""
+        return {
+            f"{name}.{index}.{key}": torch.as_tensor(value)
+            for name, part in self.parts.items()
+            for index, state in part.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        for name, part in self.parts.items():
+            state = part.state_dict()
+            states: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors.items():
+                part_name, index, field = key.split(".", 2)
+                if part_name == name:
+                    states.setdefault(int(index), {})[field] = value
+            part.load_state_dict({"state": states, "param_groups": state["param_groups"]})
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one: large blocks go back to the system otherwise, and touching
+    them anew costs about a fifth of a step on a CPU."""
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_max = -1, -4
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def _save_checkpoint(folder: Path, model: CausalLM, optimisers: _Optimisers, progress: dict) -> None:
+    """Writes beside the old checkpoint and then swaps, so that a kill leaves one of the two whole."""
+    fresh, final, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
+    fresh.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
+    save_file({k: v.contiguous() for k, v in optimisers.tensors().items()}, fresh / "optimiser.safetensors")
+    (fresh / "progress.json").write_text(json.dumps(progress))
+    if final.exists():
+        _remove(old)
+        os.replace(final, old)
+    os.replace(fresh, final)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def _latest_checkpoint(folder: Path) -> Path | None:
+    for name in ("checkpoint", "checkpoint.old"):
+        if (folder / name / "progress.json").exists():
+            return folder / name
+    return None
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "cpu",
+    checkpoint_every: int = 250,
+    compile_model: bool = False,
+    console: Console | None = None,
+) -> Path:
+    """Trains a model, or resumes its training, and writes it to `out` as a Hugging Face folder.
+
+    Args:
+        recipe: what to train.
+        out: the run's folder; holds `checkpoint/` during the run and the model at its end.
+        device: "cpu" or a torch device; bf16 autocast is used on either.
+        checkpoint_every: steps between checkpoints; Ctrl-C writes one too.
+        compile_model: use `torch.compile` (about 1.2 times the throughput; needs a C++ compiler).
+
+    Returns:
+        `out`.
+
+    Raises:
+        MechsteerError: the folder holds a finished model or a run of another recipe, or torch is too old.
+        KeyboardInterrupt: after the checkpoint was written.
+    """
+    console = console or Console()
+    if (out / "training.json").exists():
+        raise MechsteerError(f"{out} holds a finished model: give another --out, or delete it to train again")
+    _keep_freed_memory()
+    where = torch.device(device)
+    tokenizer = train_tokenizer(seed=0)
+    model = build_model(recipe, tokenizer).to(where)
+    optimisers = _Optimisers(model, recipe)
+    progress: dict = {"recipe": asdict(recipe), "step": 0, "seconds": 0.0, "tokens": 0, "losses": []}
+    checkpoint = _latest_checkpoint(out)
+    if checkpoint is not None:
+        saved = json.loads((checkpoint / "progress.json").read_text())
+        # The length of a run may be changed on the way: it only moves where the learning rate falls.
+        if Recipe(**saved["recipe"]) != replace(recipe, steps=saved["recipe"]["steps"]):
+            raise MechsteerError(
+                f"{out} holds a run of another recipe ({saved['recipe']}): give another --out, or delete it"
+            )
+        progress = saved | {"recipe": asdict(recipe)}
+        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
+        optimisers.load_tensors(load_file(checkpoint / "optimiser.safetensors"))
+        console.print(f"resuming {recipe.name} at step {progress['step']} of {recipe.steps}")
+    n_params = sum(p.numel() for p in model.parameters())
+    progress["parameters"] = n_params
+    console.print(f"{recipe.name}: {n_params / 1e6:.2f} M parameters, {recipe.steps} steps, {where}")
+
+    model.train()
+    forward = torch.compile(model, dynamic=False) if compile_model else model
+    started = time.perf_counter() - progress["seconds"]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    try:
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task("training", total=recipe.steps, completed=progress["step"])
+            window: list[float] = []
+            for step in range(progress["step"], recipe.steps):
+                tick = time.perf_counter()
+                batch = sample_batch(
+                    tokenizer, seed=recipe.seed, step=step, rows=recipe.rows, row_length=recipe.row_length
+                ).to(where)
+                loss = batch_loss(forward, batch, amp=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimisers.step(recipe.schedule(step))
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise MechsteerError(f"the loss of {recipe.name} is {value} at step {step}: lower the rate")
+                window = [*window[-49:], value]
+                tokens = int((batch.document >= 0).sum())
+                progress["step"] = step + 1
+                progress["tokens"] += tokens
+                progress["seconds"] = time.perf_counter() - started
+                rate = tokens / (time.perf_counter() - tick)
+                bar.update(task, advance=1, description=f"loss {sum(window) / len(window):.3f}  {rate:,.0f} tokens/s")
+                if (step + 1) % 50 == 0:
+                    progress["losses"].append([step + 1, round(sum(window) / len(window), 4)])
+                    if not console.is_terminal:
+                        console.print(f"step {step + 1} loss {progress['losses'][-1][1]} {rate:,.0f} tokens/s")
+                if (step + 1) % checkpoint_every == 0:
+                    _save_checkpoint(out, model, optimisers, progress)
+    except KeyboardInterrupt:
+        _save_checkpoint(out, model, optimisers, progress)
+        console.print(f"stopped at step {progress['step']}; the same command resumes")
+        raise
+    _export(model, tokenizer, out, progress)
+    return out
+
+
+def _export(model: CausalLM, tokenizer: FastTokenizer, out: Path, progress: dict) -> None:
+    model.eval().cpu().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(progress, indent=1))
+    for name in ("checkpoint", "checkpoint.old", "checkpoint.new"):
+        _remove(out / name)

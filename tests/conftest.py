@@ -1,0 +1,49 @@
+"""Set up before anything imports mechsteer: no network, typed shapes checked, one thread for tiny matrices."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("mechsteer", "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))  # `import zoo` from every folder of tests
+
+import zoo  # noqa: E402
+
+# The zoo's matrices are so small that handing them to more threads costs more than it saves.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def zoo_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folder of each architecture's tiny model. Read only: copy one before changing it."""
+    root = tmp_path_factory.mktemp("zoo")
+    return {name: zoo.write_folder(name, root / name) for name in zoo.ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The pocket model's tokenizer, trained anew from the grammar."""
+    from mechsteer.pocket.tokenizer import train_tokenizer
+
+    return train_tokenizer()
+
+
+@pytest.fixture(params=zoo.ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def zoo_folder(architecture: str, zoo_folders: dict[str, Path]) -> Path:
+    """Folder of one tiny model; the test runs once for each architecture."""
+    return zoo_folders[architecture]
