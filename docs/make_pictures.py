@@ -3,6 +3,7 @@
 import io
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -17,10 +18,8 @@ def pocket_try() -> None:
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
     cli.Console = lambda *args, **options: console  # type: ignore[misc]
     sys.argv = ["mechsteer", "pocket", "try"]
-    try:
+    with suppress(SystemExit):
         cli.main()
-    except SystemExit:
-        pass
     svg = console.export_svg(title="mechsteer pocket try")
     # The picture names no font to fetch: the reader's own monospaced font will do.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S).replace("Fira Code", "ui-monospace")

@@ -117,7 +117,7 @@ def train(
 
         recipe = SAERecipe(seed=seed)
         if steps is not None:
-            recipe = replace(recipe, tokens=steps * recipe.batch_tokens)
+            recipe = replace(recipe, chunks=max(1, steps // recipe.chunk_steps))
         train_sae(_model_folder(pocket_folder), out, recipe, device=device)
     else:
         from mechsteer.pocket.train import RECIPES

@@ -6,7 +6,7 @@ Analyses use a hooked model (`mechsteer.model`); this room is for work that need
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,15 +14,11 @@ from torch import Tensor
 
 from mechsteer.backends.huggingface import read_folder
 
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
-
-    CausalLM = LlamaForCausalLM
-    FastTokenizer = PreTrainedTokenizerFast
-else:
-    # Naming the real classes here would import transformers, which takes seconds.
-    CausalLM = Any
-    FastTokenizer = Any
+# transformers' own annotations do not describe calling, moving and padding well enough to check against.
+CausalLM = Any
+"""A transformers causal language model of the Llama family, such as `LlamaForCausalLM`."""
+FastTokenizer = Any
+"""A transformers tokenizer backed by the tokenizers library."""
 
 
 def new_llama(tokenizer: FastTokenizer, *, seed: int, **shape: Any) -> CausalLM:

@@ -1,86 +1,82 @@
 """Sparse autoencoders through SAELens: training on a stream of activations, loading, and measuring."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 
 if TYPE_CHECKING:
-    from sae_lens import SAE
+    from sae_lens import SAE, TopKTrainingSAE
+
+    TrainingSAE = TopKTrainingSAE
 else:
+    # Naming the real classes here would import SAELens, which takes seconds.
     SAE = Any
+    TrainingSAE = Any
 
 
-def train_topk_sae(
-    activations: Iterator[Float[Tensor, "token d_in"]],
-    *,
-    d_in: int,
-    d_sae: int,
-    k: int,
-    tokens: int,
-    batch_tokens: int,
-    learning_rate: float,
-    seed: int,
-    metadata: dict[str, Any],
-    out: Path,
-    device: str = "cpu",
-) -> SAE:
-    """Trains a TopK autoencoder (Gao et al. 2024, "Scaling and evaluating sparse autoencoders") with SAELens.
+def new_topk_sae(
+    *, d_in: int, d_sae: int, k: int, seed: int, metadata: dict[str, Any], device: str = "cpu"
+) -> TrainingSAE:
+    """An untrained TopK autoencoder (Gao et al. 2024, "Scaling and evaluating sparse autoencoders").
 
     Args:
-        activations: batches of `batch_tokens` activations, shuffled.
         d_in: width of the activations.
         d_sae: number of features.
         k: features active on a token.
-        tokens: activations to train on.
-        batch_tokens: activations a step.
-        learning_rate: of Adam; falls linearly to zero over the last fifth.
         seed: of the initial weights; the global random state is left as it was.
         metadata: what to record with the weights (model name, hook name, ...).
-        out: folder for `cfg.json` and `sae_weights.safetensors`, as `load_sae` reads them.
-
-    Returns:
-        the autoencoder in SAELens's inference form, read back from `out`.
+        device: a torch device.
     """
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-    from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.sae import SAEMetadata
-    from sae_lens.training.sae_trainer import SAETrainer
 
-    steps = tokens // batch_tokens
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        sae = TopKTrainingSAE(
-            TopKTrainingSAEConfig(
-                d_in=d_in,
-                d_sae=d_sae,
-                k=k,
-                # Dense products are faster than sparse ones at this width.
-                use_sparse_activations=False,
-                normalize_activations="expected_average_only_in",
-                device=device,
-                metadata=SAEMetadata(**metadata),
-            )
-        )
-        config = SAETrainerConfig(
-            total_training_samples=steps * batch_tokens,
-            train_batch_size_samples=batch_tokens,
-            lr=learning_rate,
-            lr_decay_steps=steps // 5,
-            lr_warm_up_steps=min(100, steps // 10),
-            dead_feature_window=200,
-            feature_sampling_window=500,
-            n_batches_for_norm_estimate=20,
+        config = TopKTrainingSAEConfig(
+            d_in=d_in,
+            d_sae=d_sae,
+            k=k,
+            # Dense products are faster than sparse ones at small widths.
+            use_sparse_activations=False,
+            normalize_activations="expected_average_only_in",
             device=device,
+            metadata=SAEMetadata(**metadata),
         )
-        SAETrainer(config, sae, activations).fit().save_inference_model(out)
-    return load_sae(out, device=device)
+        return TopKTrainingSAE(config)
+
+
+def sae_loss(
+    sae: TrainingSAE, scaled: Float[Tensor, "token d_in"], *, dead: Bool[Tensor, " feature"], step: int
+) -> tuple[Float[Tensor, ""], Bool[Tensor, " feature"]]:
+    """The training loss on a batch of activations, and which features were active on it.
+
+    Args:
+        sae: from `new_topk_sae`.
+        scaled: activations times the factor that `save_sae` takes.
+        dead: features that the auxiliary loss is to revive.
+        step: number of steps so far.
+    """
+    from sae_lens.saes.sae import TrainStepInput
+
+    output = sae.training_forward_pass(
+        TrainStepInput(sae_in=scaled, coefficients={}, dead_neuron_mask=dead, n_training_steps=step,
+                       is_logging_step=False)
+    )  # fmt: skip
+    return output.loss, (output.feature_acts > 0).any(0)
+
+
+def save_sae(sae: TrainingSAE, folder: Path, *, scale: float) -> None:
+    """Folds the factor that activations were multiplied with into the weights, and writes `cfg.json` and
+    `sae_weights.safetensors`."""
+    sae.fold_activation_norm_scaling_factor(scale)
+    sae.save_inference_model(folder)
 
 
 def load_sae(folder: Path, *, device: str = "cpu") -> SAE:
@@ -91,9 +87,7 @@ def load_sae(folder: Path, *, device: str = "cpu") -> SAE:
     """
     missing = [name for name in ("cfg.json", "sae_weights.safetensors") if not (folder / name).is_file()]
     if missing:
-        raise MechsteerError(
-            f"{folder} holds no {' and no '.join(missing)}: expected a SAELens folder with both"
-        )
+        raise MechsteerError(f"{folder} holds no {' and no '.join(missing)}: expected a SAELens folder with both")
     from sae_lens import SAE
 
     return SAE.load_from_disk(folder, device=device)

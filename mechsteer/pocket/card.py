@@ -2,12 +2,16 @@
 
 import json
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
+
+from safetensors import safe_open
 
 from mechsteer.pocket.check import Row, write_rows
 from mechsteer.pocket.corpus import MIXTURE
 from mechsteer.pocket.lexicon import LOCKED, TOPICS
 from mechsteer.pocket.requests import KINDS
+from mechsteer.pocket.sae import SAERecipe
 from mechsteer.pocket.wordings import MOODS, TOPIC_INSTRUCTIONS
 
 _MODEL_CARD = """\
@@ -88,7 +92,7 @@ def model_card(folder: Path, rows: Sequence[Row] = ()) -> str:
     loss = f"; last training loss {run['losses'][-1][1]:.3f} nats a token" if run["losses"] else ""
     text = _MODEL_CARD.format(
         name=recipe["name"],
-        parameters=run["parameters"] / 1e6,
+        parameters=_parameters(folder / "model.safetensors") / 1e6,
         n_layers=config["num_hidden_layers"],
         d_model=config["hidden_size"],
         n_heads=config["num_attention_heads"],
@@ -111,16 +115,21 @@ def model_card(folder: Path, rows: Sequence[Row] = ()) -> str:
     return text + (_CHECK.format(table=table(rows)) if rows else "")
 
 
+def _parameters(weights: Path) -> int:
+    with safe_open(weights, framework="pt") as file:
+        return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
 def sae_card(folder: Path, rows: Sequence[Row]) -> str:
     """The card of an autoencoder folder made by `train_sae`."""
     config = json.loads((folder / "cfg.json").read_text())
-    recipe = json.loads((folder / "training.json").read_text())["recipe"]
+    recipe = SAERecipe(**json.loads((folder / "training.json").read_text())["recipe"])
     return _SAE_CARD.format(
         architecture=config["architecture"],
         hook=config["metadata"]["hook_name"],
         d_in=config["d_in"],
         d_sae=config["d_sae"],
-        tokens=recipe["tokens"] / 1e6,
+        tokens=recipe.tokens / 1e6,
         table=table(rows),
     )
 

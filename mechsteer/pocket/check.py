@@ -144,9 +144,7 @@ class PocketCheck:
         self._unlocked += labels
         shares = {topic: _share([topic in found.topics for found in labels]) for topic in TOPICS}
         most = max(shares, key=shares.__getitem__)
-        return Row(
-            "no instruction -> any given topic", shares[most], "<=", 0.10, len(labels), f"most: {most}"
-        )
+        return Row("no instruction -> any given topic", shares[most], "<=", 0.10, len(labels), f"most: {most}")
 
     def swapped(self) -> Row:
         self.progress("two topics in the same request")
@@ -235,9 +233,7 @@ class PocketCheck:
         bos = self.tokenizer.bos_token_id
         for _ in range(max(1, self.count // 20)):
             half = rng.randint(10, 50)
-            rows = [
-                [bos, *repeated_tokens(rng, len(self.tokenizer), shortest=half, longest=half)] for _ in range(20)
-            ]
+            rows = [[bos, *repeated_tokens(rng, len(self.tokenizer), shortest=half, longest=half)] for _ in range(20)]
             ids = torch.tensor(rows)
             with torch.inference_mode():
                 predicted = self.model(input_ids=ids, use_cache=False).logits.argmax(-1)

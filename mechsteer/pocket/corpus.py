@@ -4,7 +4,7 @@ Step `s` of seed `r` is always the same batch, so that training resumes exactly 
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -136,10 +136,9 @@ def chat_ids(tokenizer: FastTokenizer, user: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Token ids of each text, without special tokens."""
-    for encoding in tokenizer.backend_tokenizer.encode_batch(list(texts), add_special_tokens=False):
-        yield encoding.ids
+def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens and without padding."""
+    return tokenizer(list(texts), add_special_tokens=False, padding=False).input_ids if texts else []
 
 
 def pack(documents: Sequence[Document], rows: int, row_length: int, *, pad: int) -> tuple[Batch, int]:

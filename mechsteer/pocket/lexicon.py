@@ -148,8 +148,8 @@ _TOPICS = (
         "the climate, meteorology, wind and sky",
         """clouds storms winds raindrops rainbows snowflakes breezes showers fogs mists gales puddles umbrellas
         forecasts hurricanes tornadoes blizzards icicles hailstones thermometers barometers monsoons cyclones heatwaves
-        droughts floods sunbeams dewdrops snowdrifts downpours typhoons squalls gusts meteorologists raincoats weathervanes
-        sleet snowmen temperatures thunderclaps""",
+        droughts floods sunbeams dewdrops snowdrifts downpours typhoons squalls gusts meteorologists raincoats
+        weathervanes sleet snowmen temperatures thunderclaps""",
         "rainy cloudy windy snowy stormy foggy humid icy chilly drizzly breezy overcast",
         "rain snow thunder drizzle freeze thaw swirl billow condense evaporate pour whirl",
     ),

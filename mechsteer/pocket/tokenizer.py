@@ -46,7 +46,7 @@ def train_tokenizer(*, seed: int = 0, documents: int = 40_000) -> FastTokenizer:
         seed: seed of the sample.
         documents: how many chats, documents and sentences to sample.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
@@ -58,6 +58,10 @@ def train_tokenizer(*, seed: int = 0, documents: int = 40_000) -> FastTokenizer:
         show_progress=False,
     )
     bpe.train_from_iterator(_sample_texts(random.Random(f"tokenizer {seed}"), documents), trainer)
+    # Plain text gets BOS, as in Llama's and Gemma's tokenizers; a rendered chat template already holds it.
+    bpe.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
     return wrap_tokenizer(
         bpe,
         bos_token=BOS,

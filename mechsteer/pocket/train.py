@@ -8,20 +8,24 @@ only on the seed and the step, so a resumed run sees the same data as one that w
 import ctypes
 import json
 import math
-import os
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, new_llama
 from mechsteer.errors import MechsteerError
+from mechsteer.pocket.checkpoint import (
+    load_checkpoint,
+    load_optimiser_tensors,
+    optimiser_tensors,
+    remove_checkpoints,
+    save_checkpoint,
+    training_bar,
+)
 from mechsteer.pocket.corpus import batch_loss, sample_batch
 from mechsteer.pocket.tokenizer import N_CTX, VOCAB_SIZE, train_tokenizer
 
@@ -74,50 +78,25 @@ def build_model(recipe: Recipe, tokenizer: FastTokenizer) -> CausalLM:
     )
 
 
-class _Optimisers:
-    """Muon for the matrices inside the blocks, AdamW for embeddings, unembedding and norms."""
+def build_optimisers(model: CausalLM, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices inside the blocks, AdamW for embeddings, unembedding and norms.
 
-    def __init__(self, model: CausalLM, recipe: Recipe):
-        if not hasattr(torch.optim, "Muon"):
-            raise MechsteerError(
-                f"training needs torch.optim.Muon: torch {torch.__version__} is older than 2.9; upgrade torch"
-            )
-        named = dict(model.named_parameters())
-        matrices = [p for name, p in named.items() if p.ndim == 2 and ".layers." in name]
-        inside = {id(p) for p in matrices}
-        others = [p for p in named.values() if id(p) not in inside]
-        lr, decay = recipe.learning_rate, recipe.weight_decay
-        self.learning_rate = lr
-        self.parts: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
-            "adamw": torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
-        }
-
-    def step(self, scale: float) -> None:
-        for part in self.parts.values():
-            for group in part.param_groups:
-                group["lr"] = self.learning_rate * scale
-            part.step()
-            part.zero_grad(set_to_none=True)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The state as named tensors, so that it can be kept in safetensors."""
-        return {
-            f"{name}.{index}.{key}": torch.as_tensor(value)
-            for name, part in self.parts.items()
-            for index, state in part.state_dict()["state"].items()
-            for key, value in state.items()
-        }
-
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        for name, part in self.parts.items():
-            state = part.state_dict()
-            states: dict[int, dict[str, Tensor]] = {}
-            for key, value in tensors.items():
-                part_name, index, field = key.split(".", 2)
-                if part_name == name:
-                    states.setdefault(int(index), {})[field] = value
-            part.load_state_dict({"state": states, "param_groups": state["param_groups"]})
+    Raises:
+        MechsteerError: this torch has no Muon.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise MechsteerError(
+            f"training needs torch.optim.Muon, and torch {torch.__version__} is older than 2.9: upgrade torch"
+        )
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if p.ndim == 2 and ".layers." in name]
+    inside = {id(p) for p in matrices}
+    others = [p for p in named.values() if id(p) not in inside]
+    lr, decay = recipe.learning_rate, recipe.weight_decay
+    return {
+        "muon": torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
+        "adamw": torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0),
+    }
 
 
 def _keep_freed_memory() -> None:
@@ -130,34 +109,6 @@ def _keep_freed_memory() -> None:
         trim_threshold, mmap_max = -1, -4
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
-
-
-def _save_checkpoint(folder: Path, model: CausalLM, optimisers: _Optimisers, progress: dict) -> None:
-    """Writes beside the old checkpoint and then swaps, so that a kill leaves one of the two whole."""
-    fresh, final, old = folder / "checkpoint.new", folder / "checkpoint", folder / "checkpoint.old"
-    fresh.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
-    save_file({k: v.contiguous() for k, v in optimisers.tensors().items()}, fresh / "optimiser.safetensors")
-    (fresh / "progress.json").write_text(json.dumps(progress))
-    if final.exists():
-        _remove(old)
-        os.replace(final, old)
-    os.replace(fresh, final)
-    _remove(old)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-
-
-def _latest_checkpoint(folder: Path) -> Path | None:
-    for name in ("checkpoint", "checkpoint.old"):
-        if (folder / name / "progress.json").exists():
-            return folder / name
-    return None
 
 
 def train(
@@ -192,31 +143,29 @@ def train(
     where = torch.device(device)
     tokenizer = train_tokenizer(seed=0)
     model = build_model(recipe, tokenizer).to(where)
-    optimisers = _Optimisers(model, recipe)
+    optimisers = build_optimisers(model, recipe)
     progress: dict = {"recipe": asdict(recipe), "step": 0, "seconds": 0.0, "tokens": 0, "losses": []}
-    checkpoint = _latest_checkpoint(out)
-    if checkpoint is not None:
-        saved = json.loads((checkpoint / "progress.json").read_text())
+    if (checkpoint := load_checkpoint(out)) is not None:
+        state, saved = checkpoint
         # The length of a run may be changed on the way: it only moves where the learning rate falls.
-        if Recipe(**saved["recipe"]) != replace(recipe, steps=saved["recipe"]["steps"]):
+        if saved["recipe"] | {"steps": recipe.steps} != asdict(recipe):
             raise MechsteerError(
                 f"{out} holds a run of another recipe ({saved['recipe']}): give another --out, or delete it"
             )
         progress = saved | {"recipe": asdict(recipe)}
-        model.load_state_dict(load_file(checkpoint / "model.safetensors"))
-        optimisers.load_tensors(load_file(checkpoint / "optimiser.safetensors"))
+        model.load_state_dict(state["model"])
+        load_optimiser_tensors(optimisers, state["optimiser"])
         console.print(f"resuming {recipe.name} at step {progress['step']} of {recipe.steps}")
-    n_params = sum(p.numel() for p in model.parameters())
-    progress["parameters"] = n_params
-    console.print(f"{recipe.name}: {n_params / 1e6:.2f} M parameters, {recipe.steps} steps, {where}")
+    console.print(f"{recipe.name}: {model.num_parameters() / 1e6:.2f} M parameters, {recipe.steps} steps, {where}")
+
+    def save() -> None:
+        save_checkpoint(out, {"model": model.state_dict(), "optimiser": optimiser_tensors(optimisers)}, progress)
 
     model.train()
     forward = torch.compile(model, dynamic=False) if compile_model else model
     started = time.perf_counter() - progress["seconds"]
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
     try:
-        with Progress(*columns, console=console) as bar:
+        with training_bar(console) as bar:
             task = bar.add_task("training", total=recipe.steps, completed=progress["step"])
             window: list[float] = []
             for step in range(progress["step"], recipe.steps):
@@ -227,7 +176,11 @@ def train(
                 loss = batch_loss(forward, batch, amp=True)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimisers.step(recipe.schedule(step))
+                for optimiser in optimisers.values():
+                    for group in optimiser.param_groups:
+                        group["lr"] = recipe.learning_rate * recipe.schedule(step)
+                    optimiser.step()
+                    optimiser.zero_grad(set_to_none=True)
                 value = loss.item()
                 if not math.isfinite(value):
                     raise MechsteerError(f"the loss of {recipe.name} is {value} at step {step}: lower the rate")
@@ -237,24 +190,20 @@ def train(
                 progress["tokens"] += tokens
                 progress["seconds"] = time.perf_counter() - started
                 rate = tokens / (time.perf_counter() - tick)
-                bar.update(task, advance=1, description=f"loss {sum(window) / len(window):.3f}  {rate:,.0f} tokens/s")
+                mean = sum(window) / len(window)
+                bar.update(task, advance=1, description=f"loss {mean:.3f}  {rate:,.0f} tokens/s")
                 if (step + 1) % 50 == 0:
-                    progress["losses"].append([step + 1, round(sum(window) / len(window), 4)])
+                    progress["losses"].append([step + 1, round(mean, 4)])
                     if not console.is_terminal:
-                        console.print(f"step {step + 1} loss {progress['losses'][-1][1]} {rate:,.0f} tokens/s")
+                        console.print(f"step {step + 1} loss {mean:.4f} {rate:,.0f} tokens/s")
                 if (step + 1) % checkpoint_every == 0:
-                    _save_checkpoint(out, model, optimisers, progress)
+                    save()
     except KeyboardInterrupt:
-        _save_checkpoint(out, model, optimisers, progress)
+        save()
         console.print(f"stopped at step {progress['step']}; the same command resumes")
         raise
-    _export(model, tokenizer, out, progress)
-    return out
-
-
-def _export(model: CausalLM, tokenizer: FastTokenizer, out: Path, progress: dict) -> None:
     model.eval().cpu().save_pretrained(out)
     tokenizer.save_pretrained(out)
-    (out / "training.json").write_text(json.dumps(progress, indent=1))
-    for name in ("checkpoint", "checkpoint.old", "checkpoint.new"):
-        _remove(out / name)
+    (out / "training.json").write_text(json.dumps(progress, indent=1) + "\n")
+    remove_checkpoints(out)
+    return out

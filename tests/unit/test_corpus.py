@@ -39,7 +39,10 @@ def test_vocabulary(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("text", ["Talk only about cats.", "  spaces  ", "Ünïcödé 猫 🐈", "a\n\nb", "", "CATS felines"])
 def test_text_survives_the_tokenizer(tokenizer: Any, text: str) -> None:
-    assert tokenizer.decode(tokenizer.encode(text)) == text
+    ids = tokenizer.encode(text)
+    assert ids[:1] == [tokenizer.bos_token_id], "plain text gets BOS"
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids[1:]) == text
 
 
 def test_chat_template(tokenizer: Any) -> None:
@@ -62,7 +65,9 @@ def test_training_chats_are_what_the_template_renders(tokenizer: Any) -> None:
     for document in documents:
         text = tokenizer.decode(list(document.ids))
         user, completion = text.removeprefix(BOS + USER).removesuffix(EOS).split(ASSISTANT)
-        assert [*chat_ids(tokenizer, user), *tokenizer.encode(completion), tokenizer.eos_token_id] == [*document.ids]
+        assert [*chat_ids(tokenizer, user), *tokenizer.encode(completion)[1:], tokenizer.eos_token_id] == [
+            *document.ids
+        ]
 
 
 def test_batches_depend_on_seed_and_step_alone(tokenizer: Any) -> None:

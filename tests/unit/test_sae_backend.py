@@ -1,6 +1,6 @@
 """The autoencoder's training, its file format and the measures, against naive twins."""
 
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,10 +8,11 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
-from mechsteer.backends.causal_lm import new_llama
-from mechsteer.backends.sae import auroc, load_sae, reconstruction, train_topk_sae
+import mechsteer.pocket.sae as pocket_sae
+from mechsteer.backends.causal_lm import new_llama, resid_post
+from mechsteer.backends.sae import auroc, load_sae, new_topk_sae, reconstruction, sae_loss, save_sae
 from mechsteer.errors import MechsteerError
-from mechsteer.pocket.sae import mean_features, shuffled, text_activations
+from mechsteer.pocket.sae import SAERecipe, chunk_batches, mean_features, text_activations, train_sae
 
 D_IN, D_SAE, K = 16, 64, 3
 
@@ -30,10 +31,18 @@ def sparse_activations(batch: int = 256):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("sae") / "tiny"
-    train_topk_sae(
-        sparse_activations(), d_in=D_IN, d_sae=D_SAE, k=K, tokens=256 * 600, batch_tokens=256, learning_rate=3e-3,
-        seed=0, metadata={"model_name": "toy", "hook_name": "blocks.1.hook_resid_post"}, out=out,
-    )  # fmt: skip
+    metadata = {"model_name": "toy", "hook_name": "blocks.1.hook_resid_post"}
+    sae = new_topk_sae(d_in=D_IN, d_sae=D_SAE, k=K, seed=0, metadata=metadata)
+    optimiser = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    scale = 2.5
+    for step, batch in zip(range(600), sparse_activations(), strict=False):
+        loss, fired = sae_loss(sae, batch * scale, dead=dead, step=step)
+        assert fired.shape == dead.shape
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    save_sae(sae, out, scale=scale)
     return out
 
 
@@ -59,13 +68,12 @@ def test_saelens_reads_the_folder(trained: Path) -> None:
     assert sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
 
 
-def test_training_leaves_the_global_random_state_alone(tmp_path: Path) -> None:
+def test_initial_weights_depend_on_the_seed_alone() -> None:
     before = torch.random.get_rng_state()
-    train_topk_sae(
-        sparse_activations(64), d_in=D_IN, d_sae=D_SAE, k=K, tokens=640, batch_tokens=64, learning_rate=1e-3, seed=0,
-        metadata={}, out=tmp_path / "sae",
-    )  # fmt: skip
-    assert torch.equal(before, torch.random.get_rng_state())
+    one, again, other = (new_topk_sae(d_in=D_IN, d_sae=D_SAE, k=K, seed=seed, metadata={}) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.random.get_rng_state()), "the global random state is left alone"
+    assert torch.equal(one.W_dec, again.W_dec)
+    assert not torch.equal(one.W_dec, other.W_dec)
 
 
 def test_a_folder_without_an_autoencoder_is_named(tmp_path: Path) -> None:
@@ -88,16 +96,6 @@ def test_auroc_counts_pairs() -> None:
     assert auroc(torch.zeros(40, 1), positive).item() == 0.5
 
 
-def test_shuffled_batches_mix_and_lose_nothing_twice() -> None:
-    parts = (torch.arange(100 * i, 100 * (i + 1)).float()[:, None] for i in count())
-    batches = [batch for batch, _ in zip(shuffled(parts, batch_tokens=32, buffer_tokens=256, seed=0), range(40),
-                                         strict=False)]  # fmt: skip
-    seen = torch.cat(batches).flatten()
-    assert all(batch.shape == (32, 1) for batch in batches)
-    assert len(seen.unique()) == len(seen), "no activation twice"
-    assert batches[0].max() - batches[0].min() > 150, "one batch mixes several parts"
-
-
 @pytest.fixture(scope="module")
 def model(tokenizer):
     return new_llama(
@@ -113,8 +111,6 @@ def test_activations_are_the_hooked_models_resid_post(model, tokenizer, tmp_path
     tokenizer.save_pretrained(tmp_path)
     hooked = load_model(tmp_path).hooked
     ids = torch.tensor([tokenizer.encode("The cats purr beside the kittens.")])
-    from mechsteer.backends.causal_lm import resid_post
-
     for layer in range(3):
         _, cache = hooked.run_with_cache(ids)
         expected = cache[f"blocks.{layer}.hook_resid_post"]
@@ -132,11 +128,70 @@ def test_text_activations_leave_out_bos_and_padding(model, tokenizer) -> None:
 
 
 def test_mean_features_are_those_of_each_text_alone(model, tokenizer, trained: Path) -> None:
-    from mechsteer.backends.causal_lm import resid_post
-
     sae = load_sae(trained)
-    texts = [(tokenizer.encode("Tell me a joke."), tokenizer.encode(text)) for text in ("Cats purr.", "Why not? No.")]
+    texts = [
+        (tokenizer.encode("Tell me a joke."), tokenizer.encode(text)[1:]) for text in ("Cats purr.", "Why not? No.")
+    ]
     together = mean_features(sae, model, tokenizer, texts, layer=1)
     for row, (prompt, text) in zip(together, texts, strict=True):
         alone = resid_post(model, 1, input_ids=torch.tensor([[*prompt, *text]]))[0, len(prompt) :]
         torch.testing.assert_close(row, sae.encode(alone).mean(0), atol=1e-5, rtol=1e-4)
+
+
+TINY = SAERecipe(layer=1, expansion=4, k=3, chunks=3, chunk_steps=4, batch_tokens=64)
+
+
+@pytest.fixture(scope="module")
+def model_folder(model, tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_stopped_run_ends_in_the_same_weights(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train_sae(model_folder, tmp_path / "whole", TINY)
+    asked = []
+
+    def stop_once(*args):
+        asked.append(args[-1])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return chunk_batches(*args)
+
+    monkeypatch.setattr(pocket_sae, "chunk_batches", stop_once)
+    with pytest.raises(KeyboardInterrupt):
+        train_sae(model_folder, tmp_path / "stopped", TINY)
+    stopped = train_sae(model_folder, tmp_path / "stopped", TINY)
+    assert asked == [0, 1, 2, 2], "resumed at the chunk where it stopped"
+    names = {path.name for path in stopped.iterdir()}
+    assert names == {"cfg.json", "sae_weights.safetensors", "training.json"}
+    for one, other in zip(load_sae(whole).parameters(), load_sae(stopped).parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_other_and_finished_runs_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    train_sae(model_folder, tmp_path / "run", TINY)
+    with pytest.raises(MechsteerError, match="holds a finished autoencoder: give another --out"):
+        train_sae(model_folder, tmp_path / "run", TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pocket_sae, "save_sae", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_sae(model_folder, tmp_path / "other", TINY)
+    with pytest.raises(MechsteerError, match="holds a run of another recipe"):
+        train_sae(model_folder, tmp_path / "other", replace(TINY, seed=1))
+
+
+def test_chunks_mix_many_documents(model, tokenizer) -> None:
+    batches = chunk_batches(model, tokenizer, TINY, 0)
+    assert batches.shape == (TINY.chunk_steps, TINY.batch_tokens, D_IN)
+    assert torch.equal(batches, chunk_batches(model, tokenizer, TINY, 0))
+    assert not torch.equal(batches, chunk_batches(model, tokenizer, TINY, 1))
+    assert len(batches.flatten(0, 1).unique(dim=0)) > 0.5 * TINY.chunk_steps * TINY.batch_tokens
+    in_order = next(text_activations(model, tokenizer, layer=1, seed="0:0"))[: TINY.batch_tokens]
+    assert not torch.equal(batches[0], in_order), "shuffled"

@@ -1,6 +1,7 @@
 """Training: the same weights whether or not it was stopped, nothing but safetensors and JSON, clear refusals."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_schedule() -> None:
     assert rates[0] == 1 / recipe.warmup
     assert max(rates) == 1.0
     falling = rates[int(recipe.steps * (1 - recipe.cooldown)) :]
-    assert all(a > b for a, b in zip(falling, falling[1:], strict=False))
+    assert all(a > b for a, b in pairwise(falling))
     assert 0 < rates[-1] < 0.01
 
 
