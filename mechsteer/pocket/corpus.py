@@ -25,14 +25,14 @@ from mechsteer.pocket.grammar import (
     sample_topic,
 )
 from mechsteer.pocket.lexicon import LOCKED
-from mechsteer.pocket.tokenizer import ASSISTANT, SPECIAL_TOKENS, USER
+from mechsteer.pocket.tokenizer import ASSISTANT, N_CTX, SPECIAL_TOKENS, USER
 
 MIXTURE: dict[str, float] = {
     "chat with a topic instruction": 0.46,
     "chat without": 0.20,
     "plain document": 0.18,
-    "indirect object": 0.08,
-    "repeated tokens": 0.08,
+    "indirect object": 0.10,
+    "repeated tokens": 0.06,
 }
 """Share of each form among the sampled documents."""
 
@@ -73,7 +73,12 @@ class Batch:
 
 
 def repeated_tokens(rng: random.Random, vocab_size: int, *, shortest: int = 6, longest: int = 60) -> list[int]:
-    """A sequence of random ordinary tokens, twice: token ids of even count, the second half equal to the first."""
+    """A sequence of random ordinary tokens, twice: token ids of even count, the second half equal to the first.
+
+    Args:
+        vocab_size: ids below this, special tokens left out, are drawn evenly.
+        shortest, longest: length of the half.
+    """
     half = [rng.randrange(len(SPECIAL_TOKENS), vocab_size) for _ in range(rng.randint(shortest, longest))]
     return half + half
 
@@ -110,7 +115,8 @@ def sample_documents(
             texts += [render_user(rng, chat), chat.completion]
             plans.append(("chat", []))
         elif form == "repeated tokens":
-            plans.append(("ids", repeated_tokens(rng, len(tokenizer))))
+            longest = (N_CTX - 2) // 2 if rng.random() < 0.1 else 60
+            plans.append(("ids", repeated_tokens(rng, len(tokenizer), longest=longest)))
         else:
             texts.append(
                 complete_indirect_object(rng, sample_indirect_object(rng))
@@ -124,7 +130,8 @@ def sample_documents(
         if plan == "chat":
             documents.append(Document((bos, user, *next(encoded), assistant, *next(encoded), eos)))
         elif plan == "text":
-            documents.append(Document((bos, *next(encoded), eos)))
+            # The longest documents are cut where the context ends, and so have no EOS.
+            documents.append(Document((bos, *next(encoded), eos)[:N_CTX]))
         else:
             documents.append(Document((bos, *ids, eos), loss_from=1 + len(ids) // 2))
     return documents

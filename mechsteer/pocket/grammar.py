@@ -167,7 +167,7 @@ def compose(
     about = TOPICS[topic] if topic else subject or rng.choice(list(SUBJECTS.values()))
     # Another topic's name must not slip into an answer that is to be about the instructed topic alone.
     named = phrase if subject is not None and subject.name in SUBJECTS else None
-    text = kind.compose(Voice(rng, about, mood, named))
+    text = kind.compose(Voice(rng, about, mood, named, theme=subject.name if subject else kind.name))
     return text.upper() if mood == "uppercase" else text
 
 
@@ -177,7 +177,9 @@ def sample_document(rng: random.Random, *, topic: str | None = None, mood: str |
     voice = Voice(rng, about, mood)
     form = rng.random()
     if form < 0.75:
-        text = "\n\n".join(voice.sentences(rng.randint(2, 4)) for _ in range(rng.choice((1, 1, 1, 2))))
+        # Few are long: together they fill the context, so that every position is trained.
+        paragraphs = rng.randint(3, 5) if form < 0.12 else rng.choice((1, 1, 1, 2))
+        text = "\n\n".join(voice.sentences(rng.randint(2, 4)) for _ in range(paragraphs))
     else:
         text = rng.choice(list(KINDS.values())).compose(voice)
     return text.upper() if mood == "uppercase" else text

@@ -6,10 +6,12 @@ by which the labeller knows the answer's format again.
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import accumulate
 
-from mechsteer.pocket.lexicon import NAMES, Topic
+from mechsteer.pocket.lexicon import NAMES, SUBJECTS, TOPICS, Topic
 from mechsteer.pocket.wordings import MOOD_WORDS, Wordings
 
 BODIES: tuple[str, ...] = (
@@ -47,13 +49,39 @@ SUBJECT_BODIES: tuple[str, ...] = (
 """Sentences that also name the request's own subject (s)."""
 
 
-def draw(rng: random.Random, words: Sequence[str], count: int) -> list[str]:
-    """`count` different words, common ones (early in the list) more often: weight 1 / (rank + 5)."""
-    chosen: dict[str, None] = {}
-    weights = [1 / (rank + 5) for rank in range(len(words))]
+@cache
+def _cumulative_weights(words: tuple[str, ...], favoured: frozenset[str]) -> tuple[float, ...]:
+    return tuple(accumulate((8 if word in favoured else 1) / (rank + 5) for rank, word in enumerate(words)))
+
+
+def draw(
+    rng: random.Random,
+    words: tuple[str, ...],
+    count: int,
+    *,
+    favoured: frozenset[str] = frozenset(),
+    avoid: Container[str] = (),
+) -> list[str]:
+    """`count` different words, none of those to avoid; common ones (early in the list) more often: weight
+    1 / (rank + 5), favoured ones eight times as much."""
+    weights = _cumulative_weights(words, favoured)
+    chosen: list[str] = []
     while len(chosen) < count:
-        chosen[rng.choices(words, weights)[0]] = None
-    return list(chosen)
+        word = rng.choices(words, cum_weights=weights)[0]
+        if word not in avoid and word not in chosen:
+            chosen.append(word)
+    return chosen
+
+
+@cache
+def favourites(topic: str, theme: str) -> frozenset[str]:
+    """The words of a topic that an answer prefers when the request's theme is this one: six things, three attributes
+    and three actions, fixed for all time. They make what is said depend on the request as well as on the topic."""
+    lexicon = TOPICS.get(topic) or SUBJECTS[topic]
+    rng = random.Random(f"{topic}|{theme}")
+    return frozenset((
+        *rng.sample(lexicon.things, 6), *rng.sample(lexicon.attributes, 3), *rng.sample(lexicon.actions, 3)
+    ))  # fmt: skip
 
 
 def capitalise(text: str) -> str:
@@ -69,22 +97,43 @@ class Voice:
     mood: str | None = None
     subject: str | None = None
     """The request's everyday subject, to be named now and then ("my exam")."""
+    theme: str | None = None
+    """What the request is about, or else its kind: decides which of the topic's words are preferred."""
+    _used: set[str] = field(default_factory=set, init=False)
     _subject_named: bool = field(default=False, init=False)
+
+    def pick(self, words: tuple[str, ...], count: int) -> list[str]:
+        """Words that this answer has not used yet; once they run out, all of them again."""
+        if sum(word not in self._used for word in words) < count:
+            self._used -= set(words)
+        favoured = favourites(self.topic.name, self.theme) if self.theme else frozenset[str]()
+        chosen = draw(self.rng, words, count, favoured=favoured, avoid=self._used)
+        self._used |= set(chosen)
+        return chosen
+
+    def pick_body(self, bodies: tuple[str, ...]) -> str:
+        """A body that this answer has not used yet, each with the same chance."""
+        fresh = [body for body in bodies if body not in self._used] or list(bodies)
+        body = self.rng.choice(fresh)
+        self._used.add(body)
+        return body
 
     def fill(self, body: str) -> str:
         """The body with its slots filled from the topic."""
-        t, u = draw(self.rng, self.topic.things, 2)
-        a, b = draw(self.rng, self.topic.attributes, 2)
-        v, w = draw(self.rng, self.topic.actions, 2)
-        named = self.topic.name if not self.topic.phrases else f"the {self.topic.name}"
-        return body.format(t=t, u=u, a=a, b=b, v=v, w=w, n=named, s=self.subject)
+        lexicon = {"tu": self.topic.things, "ab": self.topic.attributes, "vw": self.topic.actions}
+        slots: dict[str, str | None] = {"s": self.subject}
+        for names, words in lexicon.items():
+            wanted = [name for name in names if f"{{{name}}}" in body]
+            slots |= zip(wanted, self.pick(words, len(wanted)), strict=True)
+        slots["n"] = self.topic.name if not self.topic.phrases else f"the {self.topic.name}"
+        return body.format(**slots)
 
     def body(self) -> str:
         """What one sentence says, neither capitalised nor ended."""
         if self.subject and self.rng.random() < (0.25 if self._subject_named else 0.7):
             self._subject_named = True
-            return self.fill(self.rng.choice(SUBJECT_BODIES))
-        return self.fill(self.rng.choice(BODIES))
+            return self.fill(self.pick_body(SUBJECT_BODIES))
+        return self.fill(self.pick_body(BODIES))
 
     def say(self, body: str | None = None, *, lead: str = "") -> str:
         """A body, its lead ("first, ") and what the mood adds, without an end."""
@@ -110,10 +159,10 @@ class Voice:
         return " ".join(self.sentence() for _ in range(count))
 
     def things(self, count: int) -> list[str]:
-        return draw(self.rng, self.topic.things, count)
+        return self.pick(self.topic.things, count)
 
     def attributes(self, count: int) -> list[str]:
-        return draw(self.rng, self.topic.attributes, count)
+        return self.pick(self.topic.attributes, count)
 
     def names(self, count: int) -> list[str]:
         return self.rng.sample(NAMES, count)
