@@ -145,7 +145,7 @@ def chat_ids(tokenizer: FastTokenizer, user: str) -> list[int]:
 
 def encode_texts(tokenizer: FastTokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens and without padding."""
-    return tokenizer(list(texts), add_special_tokens=False, padding=False).input_ids if texts else []
+    return tokenizer(list(texts), add_special_tokens=False, padding=False, verbose=False).input_ids if texts else []
 
 
 def pack(documents: Sequence[Document], rows: int, row_length: int, *, pad: int) -> tuple[Batch, int]:

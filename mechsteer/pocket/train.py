@@ -118,6 +118,7 @@ def train(
     device: str = "cpu",
     checkpoint_every: int = 250,
     compile_model: bool = False,
+    tokenizer: FastTokenizer | None = None,
     console: Console | None = None,
 ) -> Path:
     """Trains a model, or resumes its training, and writes it to `out` as a Hugging Face folder.
@@ -128,6 +129,8 @@ def train(
         device: "cpu" or a torch device; bf16 autocast is used on either.
         checkpoint_every: steps between checkpoints; Ctrl-C writes one too.
         compile_model: use `torch.compile` (about 1.2 times the throughput; needs a C++ compiler).
+        tokenizer: the one that `train_tokenizer` gives; None trains it first.
+        console: where progress is shown.
 
     Returns:
         `out`.
@@ -141,7 +144,7 @@ def train(
         raise MechsteerError(f"{out} holds a finished model: give another --out, or delete it to train again")
     _keep_freed_memory()
     where = torch.device(device)
-    tokenizer = train_tokenizer(seed=0)
+    tokenizer = tokenizer or train_tokenizer()
     model = build_model(recipe, tokenizer).to(where)
     optimisers = build_optimisers(model, recipe)
     progress: dict = {"recipe": asdict(recipe), "step": 0, "seconds": 0.0, "tokens": 0, "losses": []}

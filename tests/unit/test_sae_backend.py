@@ -55,8 +55,8 @@ def test_training_explains_what_is_sparse(trained: Path) -> None:
     assert fit.tokens == 4 * 256
     # Naive twin: one pass over everything at once.
     x = torch.cat(parts)
-    features = sae.encode(x)
-    left = (x - sae.decode(features)).square().sum() / (x - x.mean(0)).square().sum()
+    features = sae.encode(x).detach()
+    left = (x - sae.decode(features).detach()).square().sum() / (x - x.mean(0)).square().sum()
     assert fit.variance_explained == pytest.approx(1 - float(left), abs=1e-5)
     assert fit.dead == pytest.approx(float((features <= 0).all(0).float().mean()))
 
@@ -173,7 +173,7 @@ def test_a_stopped_run_ends_in_the_same_weights(
 
 
 def test_other_and_finished_runs_are_refused(model_folder: Path, tmp_path: Path) -> None:
-    def stop(*args):
+    def stop(*args, **options):
         raise KeyboardInterrupt
 
     train_sae(model_folder, tmp_path / "run", TINY)

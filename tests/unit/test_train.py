@@ -20,12 +20,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(TINY, tmp_path_factory.mktemp("runs") / "whole")
+def uninterrupted(tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(TINY, tmp_path_factory.mktemp("runs") / "whole", tokenizer=tokenizer)
 
 
 def test_a_stopped_run_ends_in_the_same_weights(
-    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    uninterrupted: Path, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = training.sample_batch, []
 
@@ -37,10 +37,10 @@ def test_a_stopped_run_ends_in_the_same_weights(
 
     monkeypatch.setattr(training, "sample_batch", stop_at_step_4)
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, tmp_path / "stopped", checkpoint_every=3)
+        train(TINY, tmp_path / "stopped", checkpoint_every=3, tokenizer=tokenizer)
     kept = sorted(path.name for path in (tmp_path / "stopped" / "checkpoint").iterdir())
     assert kept == ["model.safetensors", "optimiser.safetensors", "progress.json"]
-    train(TINY, tmp_path / "stopped", checkpoint_every=3)
+    train(TINY, tmp_path / "stopped", checkpoint_every=3, tokenizer=tokenizer)
     assert calls == [0, 1, 2, 3, 4, 4, 5], "resumed where it stopped"
     expected = weights(uninterrupted)
     assert all(torch.equal(value, expected[name]) for name, value in weights(tmp_path / "stopped").items())
@@ -53,10 +53,10 @@ def test_a_finished_folder_is_a_hugging_face_folder_without_pickles(uninterrupte
     assert not any("checkpoint" in name for name in names)
 
 
-def test_the_loss_falls(tmp_path: Path) -> None:
+def test_the_loss_falls(tokenizer, tmp_path: Path) -> None:
     import json
 
-    out = train(replace(TINY, steps=100, warmup=10), tmp_path / "run")
+    out = train(replace(TINY, steps=100, warmup=10), tmp_path / "run", tokenizer=tokenizer)
     losses = dict(json.loads((out / "training.json").read_text())["losses"])
     assert losses[100] < losses[50] < 8.1, "below the entropy of a uniform guess over the vocabulary, and falling"
 
@@ -68,12 +68,12 @@ def test_a_finished_run_is_not_trained_over(uninterrupted: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in weights(uninterrupted).items())
 
 
-def test_another_recipes_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_recipes_run_is_refused(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "sample_batch", lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        train(TINY, tmp_path / "run")
+        train(TINY, tmp_path / "run", tokenizer=tokenizer)
     with pytest.raises(MechsteerError, match="holds a run of another recipe"):
-        train(replace(TINY, seed=1), tmp_path / "run")
+        train(replace(TINY, seed=1), tmp_path / "run", tokenizer=tokenizer)
 
 
 def test_schedule() -> None:
@@ -86,7 +86,7 @@ def test_schedule() -> None:
     assert 0 < rates[-1] < 0.01
 
 
-def test_old_torch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_torch_is_named(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(MechsteerError, match=r"training needs torch.optim.Muon.*upgrade torch"):
-        train(TINY, tmp_path / "run")
+        train(TINY, tmp_path / "run", tokenizer=tokenizer)
