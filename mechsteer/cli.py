@@ -112,6 +112,8 @@ def train(
     """Train a pocket model, or its sparse autoencoder, from scratch: seeded, checkpointed and resumable."""
     from dataclasses import replace
 
+    from mechsteer.pocket.card import model_card, sae_card
+
     if model == "sae":
         from mechsteer.pocket.sae import SAERecipe, train_sae
 
@@ -119,6 +121,7 @@ def train(
         if steps is not None:
             recipe = replace(recipe, chunks=max(1, steps // recipe.chunk_steps))
         train_sae(_model_folder(pocket_folder), out, recipe, device=device)
+        card = sae_card(out)
     else:
         from mechsteer.pocket.train import RECIPES
         from mechsteer.pocket.train import train as train_model
@@ -127,6 +130,8 @@ def train(
             raise MechsteerError(f"--model {model!r} is none of {', '.join([*RECIPES, 'sae'])}")
         recipe = replace(RECIPES[model], seed=seed, steps=steps or RECIPES[model].steps)
         train_model(recipe, out, device=device, checkpoint_every=checkpoint_every, compile_model=compile_model)
+        card = model_card(out)
+    (out / "README.md").write_text(card)
     Console().print(f"wrote {escape(str(out))}")
 
 

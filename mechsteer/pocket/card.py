@@ -38,7 +38,7 @@ A system message is rendered as the first line of the user message that follows 
 
 ## Training
 
-{steps} steps of {batch} tokens ({tokens:.1f} M tokens in all, none seen twice) in {minutes:.0f} minutes{loss}.
+{steps} steps of {batch} tokens ({tokens:.1f} M tokens in all, sampled afresh for every step) in {minutes:.0f} minutes{loss}.
 Documents: {mixture}. Muon for the matrices of the blocks, AdamW for the rest, bf16 autocast, fp32 weights. Made again
 by
 
@@ -69,6 +69,14 @@ library_name: saelens
 sentences; BOS and padding left out. Made again by
 
     mechsteer pocket train --model sae --out runs/sae
+"""
+
+
+_SAE_CHECK = """
+## How good it is
+
+Measured by `mechsteer pocket check` on text that neither model nor autoencoder was trained on; for each topic the
+feature is chosen on one half of the texts and measured on the other.
 
 {table}
 """
@@ -120,18 +128,18 @@ def _parameters(weights: Path) -> int:
         return sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
-def sae_card(folder: Path, rows: Sequence[Row]) -> str:
-    """The card of an autoencoder folder made by `train_sae`."""
+def sae_card(folder: Path, rows: Sequence[Row] = ()) -> str:
+    """The card of an autoencoder folder made by `train_sae`, with the figures of `rows`."""
     config = json.loads((folder / "cfg.json").read_text())
     recipe = SAERecipe(**json.loads((folder / "training.json").read_text())["recipe"])
-    return _SAE_CARD.format(
+    text = _SAE_CARD.format(
         architecture=config["architecture"],
         hook=config["metadata"]["hook_name"],
         d_in=config["d_in"],
         d_sae=config["d_sae"],
         tokens=recipe.tokens / 1e6,
-        table=table(rows),
     )
+    return text + (_SAE_CHECK.format(table=table(rows)) if rows else "")
 
 
 def write_cards(folder: Path, sae_folder: Path | None, rows: Sequence[Row]) -> None:
