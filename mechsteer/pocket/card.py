@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from mechsteer.pocket.check import Row, write_rows
-from mechsteer.pocket.corpus import MIXTURE
+from mechsteer.pocket.corpus import COPYING_MIXTURE, MIXTURE
 from mechsteer.pocket.lexicon import LOCKED, TOPICS
 from mechsteer.pocket.requests import KINDS
 from mechsteer.pocket.sae import SAERecipe
@@ -38,9 +38,9 @@ A system message is rendered as the first line of the user message that follows 
 
 ## Training
 
-{steps} steps of {batch} tokens ({tokens:.1f} M tokens in all, sampled afresh for every step) in {minutes:.0f} minutes{loss}.
-Documents: {mixture}. Muon for the matrices of the blocks, AdamW for the rest, bf16 autocast, fp32 weights. Made again
-by
+{steps} steps of {batch} tokens ({tokens:.1f} M in all, sampled afresh for every step) in {minutes:.0f} minutes{loss}.
+Documents: {mixture}. Muon for the matrices of the blocks, AdamW for the rest,
+bf16 autocast, fp32 weights. Made again by
 
     mechsteer pocket train --model {name} --out runs/{name}{seed} --compile
 
@@ -98,6 +98,10 @@ def model_card(folder: Path, rows: Sequence[Row] = ()) -> str:
     run = json.loads((folder / "training.json").read_text())
     recipe = run["recipe"]
     loss = f"; last training loss {run['losses'][-1][1]:.3f} nats a token" if run["losses"] else ""
+    mixture = ", ".join(f"{form} {100 * share:.0f} %" for form, share in MIXTURE.items())
+    if recipe["copying_from"] < recipe["steps"]:
+        share = COPYING_MIXTURE["repeated tokens"]
+        mixture += f" (from step {recipe['copying_from']} on repeated tokens {100 * share:.0f} %, the others less)"
     text = _MODEL_CARD.format(
         name=recipe["name"],
         parameters=_parameters(folder / "model.safetensors") / 1e6,
@@ -117,7 +121,7 @@ def model_card(folder: Path, rows: Sequence[Row] = ()) -> str:
         tokens=run["tokens"] / 1e6,
         minutes=run["seconds"] / 60,
         loss=loss,
-        mixture=", ".join(f"{form} {100 * share:.0f} %" for form, share in MIXTURE.items()),
+        mixture=mixture,
         seed=f" --seed {recipe['seed']}" if recipe["seed"] else "",
     )
     return text + (_CHECK.format(table=table(rows)) if rows else "")

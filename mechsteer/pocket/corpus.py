@@ -36,6 +36,13 @@ MIXTURE: dict[str, float] = {
 }
 """Share of each form among the sampled documents."""
 
+COPYING_MIXTURE = {
+    form: 0.20 if form == "repeated tokens" else share * 0.80 / (1 - MIXTURE["repeated tokens"])
+    for form, share in MIXTURE.items()
+}
+"""The mixture with more random sequences. Answers never use a word twice, which teaches against copying, so without
+this induction forms late."""
+
 TEXT_MIXTURE = {form: share for form, share in MIXTURE.items() if form != "repeated tokens"}
 """The mixture without random sequences: what the sparse autoencoder is trained and measured on."""
 

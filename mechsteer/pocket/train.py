@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from mechsteer.pocket.checkpoint import (
     save_checkpoint,
     training_bar,
 )
-from mechsteer.pocket.corpus import batch_loss, sample_batch
+from mechsteer.pocket.corpus import COPYING_MIXTURE, MIXTURE, batch_loss, sample_batch
 from mechsteer.pocket.tokenizer import N_CTX, VOCAB_SIZE, train_tokenizer
 
 
@@ -46,6 +47,8 @@ class Recipe:
     learning_rate: float = 4e-3
     weight_decay: float = 0.02
     warmup: int = 100
+    copying_from: int = 1500
+    """From this step on, batches are of `COPYING_MIXTURE`."""
     cooldown: float = 0.4
     """Share of the steps at the end over which the learning rate falls linearly to zero."""
 
@@ -53,6 +56,10 @@ class Recipe:
         """Learning rate at `step` over the largest: linear warm-up, constant, linear fall to zero."""
         start = self.steps * (1 - self.cooldown)
         return min(1.0, (step + 1) / self.warmup, max(0.0, (self.steps - step) / max(1.0, self.steps - start)))
+
+    def mixture(self, step: int) -> Mapping[str, float]:
+        """The shares of document forms in the batch of a step."""
+        return MIXTURE if step < self.copying_from else COPYING_MIXTURE
 
 
 RECIPES: dict[str, Recipe] = {
@@ -174,7 +181,12 @@ def train(
             for step in range(progress["step"], recipe.steps):
                 tick = time.perf_counter()
                 batch = sample_batch(
-                    tokenizer, seed=recipe.seed, step=step, rows=recipe.rows, row_length=recipe.row_length
+                    tokenizer,
+                    seed=recipe.seed,
+                    step=step,
+                    rows=recipe.rows,
+                    row_length=recipe.row_length,
+                    mixture=recipe.mixture(step),
                 ).to(where)
                 loss = batch_loss(forward, batch, amp=True)
                 loss.backward()
