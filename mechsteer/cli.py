@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -158,11 +159,18 @@ def check(
         from mechsteer.data import data_path
 
         sae_folder = data_path("saes", "pocket") if sae == "pocket" else Path(sae)
-    with console.status("loading the model") as status:
-        from mechsteer.pocket.check import PocketCheck, write_rows
+    from mechsteer.pocket.check import PARTS, PocketCheck, write_rows
 
-        checks = PocketCheck(folder, sae_folder=sae_folder, count=count, progress=status.update)
-        rows = checks.rows()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        # The first part begins when the model is loaded: `completed` counts the parts that are done.
+        task = bar.add_task("loading the model", total=PARTS - (sae_folder is None), completed=-1)
+        rows = PocketCheck(
+            folder,
+            sae_folder=sae_folder,
+            count=count,
+            progress=lambda part: bar.update(task, description=part, advance=1),
+        ).rows()
     table = Table("behaviour", "measured", "bar", "n", "", title=f"pocket check: {escape(model)}")
     for row in rows:
         colour = "green" if row.passed else "bold red"

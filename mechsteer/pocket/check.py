@@ -42,6 +42,8 @@ from mechsteer.pocket.wordings import MOODS
 
 PLAIN_INSTRUCTION = "Talk only about {x}."
 SEED = "check"
+PARTS = 10
+"""How often `progress` is called for the whole table with the autoencoder; without it, once less."""
 
 
 @dataclass(frozen=True)
