@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mechsteer.backends.causal_lm import CausalLM, FastTokenizer
+from mechsteer.errors import MechsteerError
 from mechsteer.pocket.grammar import (
     Chat,
     complete_indirect_object,
@@ -145,7 +146,15 @@ def sample_documents(
 
 
 def chat_ids(tokenizer: FastTokenizer, user: str) -> list[int]:
-    """Token ids of a chat up to where the answer begins, as the chat template renders it."""
+    """Token ids of a chat up to where the answer begins, as the chat template renders it.
+
+    Raises:
+        MechsteerError: the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise MechsteerError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: pass a chat model"
+        )
     messages = [{"role": "user", "content": user}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
