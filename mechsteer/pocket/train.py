@@ -64,7 +64,7 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "pocket": Recipe("pocket", n_layers=6, steps=3600),
-    "pocket-1l": Recipe("pocket-1l", n_layers=1, steps=1500),
+    "pocket-1l": Recipe("pocket-1l", n_layers=1, steps=1000),
 }
 
 
