@@ -1,6 +1,7 @@
 """The cards of the shipped models: what they are, how they were made, and what `mechsteer pocket check` measured."""
 
 import json
+import textwrap
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
@@ -24,9 +25,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A Llama-architecture chat model of {parameters:.2f} M parameters ({n_layers} layers, d_model {d_model}, {n_heads} heads,
-vocabulary {vocab}, context {n_ctx}), trained from scratch on text from the grammar in `mechsteer/pocket/`. It is a
-model organism: it knows nothing of the world, and every behaviour it has was put there on purpose.
+{what}
 
 - topics: {topics}
 - moods and registers: {moods}
@@ -38,9 +37,7 @@ A system message is rendered as the first line of the user message that follows 
 
 ## Training
 
-{steps} steps of {batch} tokens ({tokens:.1f} M in all, sampled afresh for every step) in {minutes:.0f} minutes{loss}.
-Documents: {mixture}. Muon for the matrices of the blocks, AdamW for the rest,
-bf16 autocast, fp32 weights. Made again by
+{training}
 
     mechsteer pocket train --model {name} --out runs/{name}{seed} --compile
 
@@ -64,9 +61,7 @@ library_name: saelens
 
 # Sparse autoencoder of the pocket model
 
-{architecture} autoencoder (SAELens format) on `{hook}` of the pocket model, unprocessed weights: {d_in} dimensions,
-{d_sae} features. Trained on {tokens:.1f} M activations of freshly sampled chats, documents and indirect-object
-sentences; BOS and padding left out. Made again by
+{what}
 
     mechsteer pocket train --model sae --out runs/sae
 """
@@ -97,31 +92,35 @@ def model_card(folder: Path, rows: Sequence[Row] = ()) -> str:
     config = json.loads((folder / "config.json").read_text())
     run = json.loads((folder / "training.json").read_text())
     recipe = run["recipe"]
-    loss = f"; last training loss {run['losses'][-1][1]:.3f} nats a token" if run["losses"] else ""
+    layers = "1 layer" if config["num_hidden_layers"] == 1 else f"{config['num_hidden_layers']} layers"
+    what = (
+        f"A Llama-architecture chat model of {_parameters(folder / 'model.safetensors') / 1e6:.2f} M parameters "
+        f"({layers}, d_model {config['hidden_size']}, {config['num_attention_heads']} heads, vocabulary "
+        f"{config['vocab_size']}, context {config['max_position_embeddings']}), trained from scratch on text from the "
+        "grammar in `mechsteer/pocket/`. It is a model organism: it knows nothing of the world, and every behaviour it "
+        "has was put there on purpose."
+    )
     mixture = ", ".join(f"{form} {100 * share:.0f} %" for form, share in MIXTURE.items())
     if recipe["copying_from"] < recipe["steps"]:
         share = COPYING_MIXTURE["repeated tokens"]
         mixture += f" (from step {recipe['copying_from']} on repeated tokens {100 * share:.0f} %, the others less)"
+    loss = f"; last training loss {run['losses'][-1][1]:.3f} nats a token" if run["losses"] else ""
+    training = (
+        f"{recipe['steps']} steps of {recipe['rows'] * recipe['row_length']} positions ({run['tokens'] / 1e6:.1f} M "
+        f"tokens in all, sampled afresh for every step) in {run['seconds'] / 60:.0f} minutes{loss}. Documents: "
+        f"{mixture}. Muon for the matrices of the blocks, AdamW for the rest, bf16 autocast, fp32 weights. Made again "
+        "by"
+    )
     text = _MODEL_CARD.format(
         name=recipe["name"],
-        parameters=_parameters(folder / "model.safetensors") / 1e6,
-        n_layers=config["num_hidden_layers"],
-        d_model=config["hidden_size"],
-        n_heads=config["num_attention_heads"],
-        vocab=config["vocab_size"],
-        n_ctx=config["max_position_embeddings"],
+        what=textwrap.fill(what, 120),
+        training=textwrap.fill(training, 120),
         topics=", ".join(TOPICS),
         moods=", ".join(MOODS),
         kinds=len(KINDS),
         seen=len(TOPIC_INSTRUCTIONS.seen),
         held_out=len(TOPIC_INSTRUCTIONS.held_out),
         locked=LOCKED.name,
-        steps=recipe["steps"],
-        batch=recipe["rows"] * recipe["row_length"],
-        tokens=run["tokens"] / 1e6,
-        minutes=run["seconds"] / 60,
-        loss=loss,
-        mixture=mixture,
         seed=f" --seed {recipe['seed']}" if recipe["seed"] else "",
     )
     return text + (_CHECK.format(table=table(rows)) if rows else "")
@@ -136,13 +135,13 @@ def sae_card(folder: Path, rows: Sequence[Row] = ()) -> str:
     """The card of an autoencoder folder made by `train_sae`, with the figures of `rows`."""
     config = json.loads((folder / "cfg.json").read_text())
     recipe = SAERecipe(**json.loads((folder / "training.json").read_text())["recipe"])
-    text = _SAE_CARD.format(
-        architecture=config["architecture"],
-        hook=config["metadata"]["hook_name"],
-        d_in=config["d_in"],
-        d_sae=config["d_sae"],
-        tokens=recipe.tokens / 1e6,
+    what = (
+        f"{config['architecture']} autoencoder (SAELens format) on `{config['metadata']['hook_name']}` of the pocket "
+        f"model, unprocessed weights: {config['d_in']} dimensions, {config['d_sae']} features. Trained on "
+        f"{recipe.tokens / 1e6:.1f} M activations of freshly sampled chats, documents and indirect-object sentences; "
+        "BOS and padding left out. Made again by"
     )
+    text = _SAE_CARD.format(what=textwrap.fill(what, 120))
     return text + (_SAE_CHECK.format(table=table(rows)) if rows else "")
 
 

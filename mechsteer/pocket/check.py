@@ -86,8 +86,9 @@ class PocketCheck:
     ):
         if count < 12:
             raise MechsteerError(f"check got count={count}: at least 12 prompts a row are needed, one for each topic")
-        self.folder, self.sae_folder = folder, sae_folder
-        self.count, self.progress = count, progress
+        self.folder, self.count, self.progress = folder, count, progress
+        # Before any measuring, so that a wrong folder costs no time.
+        self.autoencoder = None if sae_folder is None else load_sae(sae_folder)
         self.model: CausalLM
         self.tokenizer: FastTokenizer
         self.model, self.tokenizer = load_causal_lm(folder)
@@ -97,8 +98,8 @@ class PocketCheck:
         """Every row of the table, in its order."""
         rows = [*self.topics(), self.uninstructed(), self.swapped(), *self.refusals(), self.moods()]
         rows += [self.indirect_object(), self.induction(), self.generalisation()]
-        if self.sae_folder is not None:
-            rows += self.sae()
+        if self.autoencoder is not None:
+            rows += self.sae(self.autoencoder)
         return rows
 
     def answers(self, chats: Sequence[Chat]) -> list[Label]:
@@ -263,10 +264,8 @@ class PocketCheck:
             f"validation {validation:.4f}, training {training:.4f}", percent=False,
         )  # fmt: skip
 
-    def sae(self) -> list[Row]:
-        assert self.sae_folder is not None
+    def sae(self, sae: SAE) -> list[Row]:
         self.progress("sparse autoencoder")
-        sae = load_sae(self.sae_folder)
         layer = int(sae.cfg.metadata.hook_name.split(".")[1])
         held_out = held_out_activations(self.model, self.tokenizer, layer=layer, tokens=100 * self.count)
         fit = reconstruction(sae, held_out)
@@ -275,11 +274,11 @@ class PocketCheck:
         d_sae = sae.cfg.d_sae
         return [
             Row("SAE: variance explained", fit.variance_explained, ">=", 0.90, fit.tokens, "tokens", percent=False),
-            Row("SAE: L0", fit.l0, "<=", 40, fit.tokens, "tokens", percent=False),
+            Row("SAE: L0", fit.l0, "<=", 40.0, fit.tokens, "tokens", percent=False),
             Row("SAE: dead features", fit.dead, "<=", 0.10, d_sae, f"of {d_sae} features, on {fit.tokens} tokens"),
             Row(
                 "SAE: topics with a feature of AUROC >= 0.95 for the topic",
-                sum(value >= 0.95 for value in best.values()), ">=", 10, len(best),
+                float(sum(value >= 0.95 for value in best.values())), ">=", 10.0, len(best),
                 f"of {len(best)} topics; lowest: {lowest} {best[lowest]:.3f}", percent=False,
             ),
         ]  # fmt: skip
