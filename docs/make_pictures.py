@@ -3,7 +3,7 @@
 import io
 import re
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +16,8 @@ IMAGES = Path(__file__).parent / "images"
 def pocket_try() -> None:
     """`mechsteer pocket try`, as it looks in a terminal."""
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
+    # A spinner would leave all its frames in the picture.
+    console.status = lambda *args, **options: nullcontext()  # type: ignore[method-assign]
     cli.Console = lambda *args, **options: console  # type: ignore[misc]
     sys.argv = ["mechsteer", "pocket", "try"]
     with suppress(SystemExit):
