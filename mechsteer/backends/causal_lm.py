@@ -31,13 +31,13 @@ def new_llama(tokenizer: FastTokenizer, *, seed: int, **shape: Any) -> CausalLM:
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation="sdpa",
-        **shape,
-    )
+    settings: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "attn_implementation": "sdpa",
+    }
+    config = LlamaConfig(**settings | shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
@@ -103,9 +103,11 @@ def complete(
 @contextmanager
 def _capture(block: torch.nn.Module) -> Iterator[list[Tensor]]:
     caught: list[Tensor] = []
-    handle = block.register_forward_hook(
-        lambda module, args, output: caught.append(output[0] if isinstance(output, tuple) else output)
-    )
+
+    def keep(module: torch.nn.Module, args: Any, output: Any) -> None:
+        caught.append(output[0] if isinstance(output, tuple) else output)
+
+    handle = block.register_forward_hook(keep)
     try:
         yield caught
     finally:

@@ -125,7 +125,7 @@ def train(
     device: str = "cpu",
     checkpoint_every: int = 250,
     compile_model: bool = False,
-    tokenizer: FastTokenizer | None = None,
+    tokenizer: FastTokenizer = None,
     console: Console | None = None,
 ) -> Path:
     """Trains a model, or resumes its training, and writes it to `out` as a Hugging Face folder.
