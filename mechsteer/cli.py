@@ -115,6 +115,9 @@ def train(
 
     from mechsteer.pocket.card import model_card, sae_card
 
+    _check_device(device)
+    if out.exists() and not out.is_dir():
+        raise MechsteerError(f"--out {out} is a file: give a folder for the run")
     if model == "sae":
         from mechsteer.pocket.sae import SAERecipe, train_sae
 
@@ -205,6 +208,18 @@ def _model_folder(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise MechsteerError(f'{name} is neither "pocket", "pocket-1l" nor a folder with a config.json')
     return folder
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MechsteerError(
+            f'--device {name!r} cannot be used here ({reason}): give "cpu" or one torch sees'
+        ) from error
 
 
 def _coloured(answer: str) -> Text:

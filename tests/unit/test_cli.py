@@ -53,6 +53,8 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         (["pocket", "try", "--request", ""], "a --request is empty"),
         (["pocket", "try", "--model", "nowhere"], 'nowhere is neither "pocket", "pocket-1l" nor a folder'),
         (["pocket", "train", "--model", "huge", "--out", "runs/x"], "--model 'huge' is none of pocket, pocket-1l, sae"),
+        (["pocket", "train", "--device", "abacus", "--out", "runs/x"], "--device 'abacus' cannot be used here ("),
+        (["pocket", "train", "--out", __file__], "is a file: give a folder for the run"),
         (["pocket", "check", "--sae", "nowhere"], "nowhere holds no cfg.json"),
         (["pocket", "check", "--count", "3"], "--count"),
         (["pocket", "train"], "--out"),
@@ -64,7 +66,7 @@ def test_mistakes_end_with_status_2_and_one_line(
 ) -> None:
     assert run(*arguments, monkeypatch=monkeypatch) == 2
     captured = capsys.readouterr()
-    assert message in captured.err
+    assert message in captured.err.replace("\n", " ")
     assert "Traceback" not in captured.err
 
 
