@@ -107,8 +107,8 @@ class Reconstruction:
 
 
 @torch.inference_mode()
-def reconstruction(sae: SAE, activations: Sequence[Float[Tensor, "token d_in"]]) -> Reconstruction:
-    """Measures an autoencoder on batches of activations; sums are kept in fp64."""
+def reconstruction(sae: SAE, activations: Sequence[Float[Tensor, "_ d_in"]]) -> Reconstruction:
+    """Measures an autoencoder on batches of activations (of any lengths); sums are kept in fp64."""
     mean = torch.cat(list(activations)).double().mean(0)
     residual = total = active = 0.0
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)

@@ -75,7 +75,7 @@ def text_activations(
         yield activations[(batch.document >= 0) & (batch.positions > 0)]
 
 
-def at_least(parts: Iterator[Float[Tensor, "token d_model"]], tokens: int) -> list[Float[Tensor, "token d_model"]]:
+def at_least(parts: Iterator[Float[Tensor, "token d_model"]], tokens: int) -> list[Float[Tensor, "_ d_model"]]:
     """The first parts that hold at least `tokens` activations together."""
     kept: list[Tensor] = []
     while sum(map(len, kept)) < tokens:
@@ -183,7 +183,7 @@ def train_sae(
 
 def held_out_activations(
     model: CausalLM, tokenizer: FastTokenizer, *, layer: int, tokens: int
-) -> list[Float[Tensor, "token d_model"]]:
+) -> list[Float[Tensor, "_ d_model"]]:
     """At least `tokens` activations of text that neither model nor autoencoder was trained on."""
     return at_least(text_activations(model, tokenizer, layer=layer, seed="held out"), tokens)
 
