@@ -108,7 +108,7 @@ def build_optimisers(model: CausalLM, recipe: Recipe) -> dict[str, torch.optim.O
 
 def _keep_freed_memory() -> None:
     """Lets glibc keep what a step frees for the next one: large blocks go back to the system otherwise, and touching
-    them anew costs a tenth to a fifth of a step on a CPU."""
+    them anew costs time in every step on a CPU."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)

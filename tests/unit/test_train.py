@@ -90,3 +90,10 @@ def test_old_torch_is_named(tokenizer, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(MechsteerError, match=r"training needs torch.optim.Muon.*upgrade torch"):
         train(TINY, tmp_path / "run", tokenizer=tokenizer)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = training.batch_loss
+    monkeypatch.setattr(training, "batch_loss", lambda *args, **options: real(*args, **options) * float("nan"))
+    with pytest.raises(MechsteerError, match="the loss of tiny is nan at step 0: lower the rate"):
+        train(TINY, tmp_path / "run", tokenizer=tokenizer)
