@@ -1,14 +1,10 @@
-"""What a forward pass gave: logits, and the typed activation cache."""
+"""The typed activation cache."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsteer.errors import MechsteerError
 from mechsteer.prompts import Prompts
 from mechsteer.site import Site, SiteLike
 
@@ -37,24 +33,3 @@ class Activations(Mapping[Site, Tensor]):
 
     def __len__(self) -> int:
         return len(self._values)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Run:
-    """What one forward pass gave.
-
-    Attributes:
-        prompts: what was run.
-        logits: at the tokens in `read`, in the order of (batch, pos).
-        read: True for tokens whose logits were computed; all real tokens unless less was asked for.
-        activations: the recorded sites.
-        example: which row of the prompts that were asked for each row of `prompts` is. Counts up from 0 except inside
-            a sweep, where a batch holds one row per cell and example. Objectives that hold a value per example
-            (baseline logits, targets) look it up with this.
-    """
-
-    prompts: Prompts
-    rows: Float[Tensor, "row d_vocab"]
-    read: Bool[Tensor, "batch pos"]
-    activations: Activations
-    example: Int[Tensor, " batch"]
