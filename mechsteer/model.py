@@ -1,15 +1,27 @@
 """The model noun: a hooked model with its tokenizer, and how to load one."""
 
+import copy
 import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from mechsteer import backends
+from mechsteer.activations import Activations, ModelId
 from mechsteer.backends import Hooked
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError, ModelLoadError
+from mechsteer.interventions import Intervention, SoftPrefix, check, fwd_hooks
+from mechsteer.prompts import Prompts
+from mechsteer.run import Run
+from mechsteer.site import KINDS, Site, SiteLike
+
+PromptsLike = Prompts | str | Sequence[str] | Tensor
+"""Prompts, text or texts for the model's tokenizer, or token ids [batch, pos] without padding."""
 
 # Models that ship with mechsteer, by the name that `load_model` takes.
 SHIPPED_MODELS = ("pocket", "pocket-1l")
@@ -52,6 +64,9 @@ class Model:
         self.name = str(hooked.cfg.model_name) if name is None else name
         self.backend = backend
         self.processed = backends.is_processed(hooked)
+        # What was computed from the weights, and the fingerprint of the weights it was computed from.
+        self._id: tuple[Any, ModelId] | None = None
+        self._decoder: tuple[Any, Any] | None = None
 
     @property
     def cfg(self) -> Any:
@@ -87,6 +102,201 @@ class Model:
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return next(self.hooked.parameters()).dtype
+
+    @property
+    def id(self) -> ModelId:
+        """Name and hash of the weights, which every artefact made with the model carries."""
+        weights = backends.fingerprint(self.hooked)
+        if self._id is None or self._id[0] != weights:
+            self._id = weights, ModelId(self.name, backends.weights_hash(self.hooked), self.processed)
+        return self._id[1]
+
+    @property
+    def decoder(self) -> Any:
+        """The packed forward pass (`mechsteer.backends.decoder`) of the present weights, or None where the model does
+        something that it does not cover; then sweeps and generation go through hooks."""
+        weights = backends.fingerprint(self.hooked)
+        if self._decoder is None or self._decoder[0] != weights:
+            self._decoder = weights, backends.build_decoder(self.hooked)
+        return self._decoder[1]
+
+    # ---- running ----
+
+    def run(
+        self,
+        prompts: PromptsLike,
+        interventions: Iterable[Intervention] = (),
+        record: Iterable[SiteLike] | SiteLike = (),
+        *,
+        logits: str | Bool[Tensor, "batch pos"] = "all",
+        grad: bool = False,
+    ) -> Run:
+        """One forward pass: the only place where hooks are attached, and they are always gone afterwards.
+
+        Args:
+            prompts: what to run.
+            interventions: applied in this order where they meet at one hook point; earlier hook points come first.
+            record: sites to record; a kind without a layer, such as "resid_post", stands for all layers. What is
+                recorded is what flows on, after the interventions there.
+            logits: "all", "last" (of each prompt, before any completion), "none", or a mask of the tokens wanted.
+            grad: whether gradients can flow, to weights and to what interventions hold.
+
+        Raises:
+            MechsteerError: prompts, interventions or sites do not fit the model, or an intervention never fires.
+        """
+        given = self.prompts(prompts)
+        right = given.padded("right")
+        applied = tuple(interventions)
+        sites = self.sites(record)
+        self.check_slots(right, applied)
+        check(applied, self, right)
+        read = _read(given, logits)
+        with torch.set_grad_enabled(grad):
+            rows, taken = self._forward(right, applied, sites, read=_relaid(read, given, right))
+            values = {site: _relay(taken[site], site, right, given) for site in sites}
+        activations = Activations(values, prompts=given, model=self.id)
+        return Run(given, rows, read, activations, torch.arange(len(given), device=read.device))
+
+    def _forward(
+        self, right: Prompts, interventions: Sequence[Intervention], sites: Sequence[Site], *, read: Tensor
+    ) -> tuple[Tensor, dict[Site, Tensor]]:
+        """Logits at `read`, and the sites' activations, of right-padded prompts."""
+        taken: dict[Site, Tensor] = {}
+
+        def recorder(site: Site) -> Callable[..., None]:
+            def take(tensor: Tensor, hook: Any) -> None:
+                taken[site] = tensor
+
+            return take
+
+        hooks = [*fwd_hooks(interventions, self, right), *((site.hook_name, recorder(site)) for site in sites)]
+        stop = None
+        if not bool(read.any()) and all(site.layer is not None or site.order[0] < 0 for site in sites):
+            stop = max((site.order[0] for site in sites), default=-1) + 1
+        with backends.hooks(self.hooked, hooks):
+            rows = backends.logits_at(self.hooked, right.tokens.to(self.device), read.to(self.device), stop=stop)
+        return rows, taken
+
+    def prompts(self, prompts: PromptsLike) -> Prompts:
+        """Prompts on the model's device, checked against its vocabulary and context.
+
+        Raises:
+            MechsteerError: no prompts, an empty one, one that is longer than the context, or ids that the model lacks.
+        """
+        if isinstance(prompts, Prompts):
+            out = prompts
+        elif isinstance(prompts, Tensor):
+            out = Prompts.from_ids(prompts, tokenizer=self.tokenizer)
+        else:
+            out = Prompts.from_strings([prompts] if isinstance(prompts, str) else list(prompts), self.tokenizer)
+        longest = int(out.lengths.max())
+        if longest > self.n_ctx:
+            raise MechsteerError(
+                f"Prompt {int(out.lengths.argmax())} has {longest} tokens, but the context of {self.name} is "
+                f"{self.n_ctx}. Shorten it."
+            )
+        highest = int(torch.where(out.mask, out.tokens, 0).max())
+        if highest >= self.d_vocab:
+            raise MechsteerError(
+                f"A prompt holds token id {highest}, but the vocabulary of {self.name} has {self.d_vocab} tokens. "
+                "Make the prompts with this model's tokenizer."
+            )
+        return out.to(self.device)
+
+    def sites(self, sites: Iterable[SiteLike] | SiteLike) -> list[Site]:
+        """Whole hook points, each once; a kind without a layer stands for all layers.
+
+        Raises:
+            MechsteerError: one does not exist in this model.
+        """
+        single = isinstance(sites, str | Site) or (
+            isinstance(sites, tuple) and len(sites) == 2 and isinstance(sites[1], int)
+        )
+        found: dict[Site, None] = {}
+        for item in [sites] if single else sites:  # type: ignore[union-attr]
+            if isinstance(item, str) and item in KINDS and "{layer}" in KINDS[item].hook:
+                found |= dict.fromkeys(Site(item, layer) for layer in range(self.n_layers))
+            else:
+                found[Site.of(item).point] = None  # type: ignore[arg-type]
+        for site in found:
+            self.check_site(site)
+        return list(found)
+
+    # ---- what fits this model ----
+
+    def check_site(self, site: Site) -> None:
+        """Raise `MechsteerError` unless the model has the site."""
+        if site.layer is not None and site.layer >= self.n_layers:
+            raise MechsteerError(
+                f"{site!r} does not exist: {self.name} has layers 0 to {self.n_layers - 1}. Choose one of these."
+            )
+        if site.head is not None:
+            grouped = self.cfg.n_key_value_heads if site.kind in ("k", "v", "rot_k") else None
+            n_heads = grouped or self.cfg.n_heads
+            if site.head >= n_heads:
+                raise MechsteerError(
+                    f"{site!r} does not exist: {site.kind} of {self.name} has heads 0 to {n_heads - 1}. "
+                    "Choose one of these."
+                )
+        if site.hook_name not in self.hooked.hook_dict:
+            same = [kind for kind, entry in KINDS.items() if entry.hook.format(layer=0) in self.hooked.hook_dict]
+            raise MechsteerError(
+                f"{site!r} does not exist: {self.name} has no hook point {site.hook_name}. It has {', '.join(same)}."
+            )
+
+    def width(self, site: Site) -> int | None:
+        """Size of the site's last axis; None where it depends on the prompts."""
+        sizes = {"d_model": self.d_model, "d_head": self.cfg.d_head, "d_mlp": self.cfg.d_mlp, "one": 1}
+        return sizes.get(site.axes[-1])
+
+    def check_width(self, site: Site, width: int, what: str) -> None:
+        """Raise `MechsteerError` unless the site's activations have this width."""
+        expected = self.width(site)
+        if expected is not None and width != expected:
+            raise MechsteerError(
+                f"{what} got {site.axes[-1]}={width}, but {site!r} of {self.name} has {expected}. "
+                "Record it from the same model."
+            )
+
+    def check_same(self, made_with: ModelId | None, what: str) -> None:
+        """Raise `MechsteerError` unless something was made with the weights of this model."""
+        if made_with is None or made_with.hash == self.id.hash:
+            return
+        if made_with.processed != self.processed:
+            words = {True: "folded or centred weights", False: "unprocessed weights"}
+            raise MechsteerError(
+                f"{what} was made with {words[made_with.processed]} of {made_with.name}, and {self.name} here has "
+                f"{words[self.processed]}. Make it again from the model that you run."
+            )
+        raise MechsteerError(
+            f"{what} was made with {made_with.name} (weights {made_with.hash[:12]}), and this is {self.name} (weights "
+            f"{self.id.hash[:12]}). Make it again from the model that you run."
+        )
+
+    def check_slots(self, prompts: Prompts, interventions: Sequence[Intervention]) -> None:
+        """Raise `MechsteerError` where prompts reserve slots that nothing fills."""
+        if bool(prompts.slots.any()) and not any(isinstance(each, SoftPrefix) for each in interventions):
+            raise MechsteerError(
+                f"The prompts reserve {int(prompts.slots.sum(1).max())} slots that nothing fills. Fill them with "
+                "prompts.with_prefix(ids), or pass a SoftPrefix."
+            )
+
+    # ---- other weights ----
+
+    def unembedding(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding matrix W_U."""
+        return backends.unembedding(self.hooked)
+
+    def orthogonalised(self, basis: Float[Tensor, "k d_model"]) -> "Model":
+        """A copy whose writing matrices are orthogonal to the rows of `basis`; see `Ablate.to_weights`."""
+        return self._with(backends.orthogonalise(self.hooked, basis), "orthogonalised")
+
+    def with_bias(self, layer: int, vector: Float[Tensor, " d_model"]) -> "Model":
+        """A copy whose MLP output bias of block `layer` gained `vector`; see `Add.to_weights`."""
+        return self._with(backends.add_bias(self.hooked, layer, vector), f"bias at {layer}")
+
+    def _with(self, hooked: Any, change: str) -> "Model":
+        return Model(hooked, tokenizer=copy.copy(self.tokenizer), name=f"{self.name} ({change})")
 
     def __repr__(self) -> str:
         weights = "processed" if self.processed else "unprocessed"
@@ -140,3 +350,49 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> tuple[Path, str]:
     if path_like or path.exists() or name.count("/") > 1 or "\\" in name:
         return path, path.resolve().name
     return backends.hub_folder(name, shipped=SHIPPED_MODELS), name
+
+
+def _read(prompts: Prompts, logits: str | Tensor) -> Tensor:
+    """Mask of the tokens whose logits are wanted."""
+    if isinstance(logits, Tensor):
+        if logits.shape != prompts.mask.shape:
+            raise MechsteerError(
+                f"logits= got a mask of shape {tuple(logits.shape)}, but the prompts have {tuple(prompts.mask.shape)}."
+            )
+        return logits.to(prompts.mask.device) & prompts.mask
+    if logits == "all":
+        return prompts.mask
+    if logits == "none":
+        return torch.zeros_like(prompts.mask)
+    if logits == "last":
+        return prompts.at(prompts.decision)
+    raise MechsteerError(f"logits={logits!r} is not understood. Pass 'all', 'last', 'none' or a mask [batch, pos].")
+
+
+def _relaid(mask: Tensor, source: Prompts, target: Prompts) -> Tensor:
+    """A mask [batch, pos] in the layout of the same prompts with other padding."""
+    if source is target or source.padding_side == target.padding_side:
+        return mask[:, : target.mask.shape[1]]
+    return torch.zeros_like(target.mask).masked_scatter(target.mask, mask[source.mask])
+
+
+def _relay(tensor: Tensor, site: Site, right: Prompts, given: Prompts) -> Tensor:
+    """Activations of right-padded prompts in the layout of `given`, zero at padding.
+
+    Rows of padding hold what the model made of it, which would differ with the amount of padding.
+    """
+    dest_axis = 2 if site.axes[-1] == "src" else 1
+    if bool(right.mask.all()) and right.mask.shape == given.mask.shape:
+        return tensor
+    out = _relay_axis(tensor, dest_axis, right, given)
+    return _relay_axis(out, 3, right, given) if dest_axis == 2 else out
+
+
+def _relay_axis(tensor: Tensor, axis: int, right: Prompts, given: Prompts) -> Tensor:
+    index = given.positions.clamp(min=0)
+    shape = [index.shape[0], *[1] * (tensor.ndim - 1)]
+    shape[axis] = index.shape[1]
+    size = list(tensor.shape)
+    size[axis] = index.shape[1]
+    moved = tensor.gather(axis, index.view(shape).expand(size))
+    return torch.where(given.mask.view(shape), moved, 0)

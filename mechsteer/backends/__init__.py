@@ -4,10 +4,17 @@ Importing `mechsteer.backends` imports none of them: each backend is imported wh
 """
 
 import gc
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from mechsteer.errors import ModelLoadError
 
@@ -19,6 +26,14 @@ if TYPE_CHECKING:
 else:
     # Naming the real classes here would import TransformerLens, which takes seconds.
     Hooked = Any
+
+# Settings that say where a model is, what it is called or what its hooks show, not what it computes.
+_NOT_COMPUTED_WITH = frozenset(
+    ("device", "n_devices", "seed", "init_mode", "init_weights", "initializer_range", "model_name", "tokenizer_name")
+    + ("default_prepend_bos", "tokenizer_prepends_bos", "trust_remote_code", "_name_or_path", "transformers_version")
+    + ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in", "use_attn_in", "use_hook_tokens", "use_cache")
+    + ("ungroup_grouped_query_attention", "checkpoint_index", "checkpoint_label_type", "checkpoint_value")
+)
 
 BACKENDS = ("hooked_transformer", "bridge")
 
@@ -54,6 +69,119 @@ def is_processed(hooked: Any) -> bool:
     else:
         from mechsteer.backends.hooked_transformer import is_processed as check
     return check(hooked)
+
+
+@contextmanager
+def hooks(hooked: Any, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
+    """Attach hooks, and remove these and no others, whatever happens."""
+    points: list[tuple[Any, Any]] = []
+    try:
+        for name, hook in fwd_hooks:
+            point = hooked.hook_dict[name]
+            point.add_hook(hook)
+            points.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in points:
+            handle.hook.remove()
+            point.fwd_hooks.remove(handle)
+
+
+def logits_at(
+    hooked: Any, tokens: Int[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"], *, stop: int | None
+) -> Float[Tensor, "row d_vocab"]:
+    """Run right-padded tokens and give the logits of the tokens in `read`.
+
+    Args:
+        stop: run only the layers before this one, and give no logits; None for all.
+    """
+    # Real tokens never see padding on their right. The mask says so to code that would guess padding from token ids.
+    everything = torch.ones_like(tokens)
+    if backend_of(hooked) == "bridge":
+        if stop is not None:
+            hooked(tokens, attention_mask=everything)
+        else:
+            return hooked(tokens, attention_mask=everything)[read]
+    elif stop is not None:
+        hooked(tokens, attention_mask=everything, stop_at_layer=stop)
+    else:
+        return hooked(tokens, attention_mask=everything)[read]
+    return torch.empty(0, hooked.cfg.d_vocab, device=tokens.device)
+
+
+def fingerprint(hooked: Any) -> tuple[Any, ...]:
+    """Changes whenever a weight does, by whatever means; cheap beside a forward pass over a few tokens."""
+    parameters = list(hooked.parameters())
+    with torch.no_grad():
+        norms = torch.stack([norm.float().cpu() for norm in torch._foreach_norm(parameters)])
+    places = tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in parameters)
+    return (*norms.tolist(), places)
+
+
+def weights_hash(hooked: Any) -> str:
+    """SHA-256 of the settings that matter for what is computed, and of names, shapes and values of all parameters."""
+    config = hooked.original_model.config if backend_of(hooked) == "bridge" else hooked.cfg
+    settings = {key: str(value) for key, value in config.to_dict().items() if key not in _NOT_COMPUTED_WITH}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, parameter in hooked.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def unembedding(hooked: Any) -> Float[Tensor, "d_model d_vocab"]:
+    """The matrix that turns the normed residual stream into logits."""
+    from mechsteer.backends import weights
+
+    return weights.unembedding(hooked)
+
+
+def orthogonalise(hooked: Any, basis: Float[Tensor, "k d_model"]) -> Any:
+    """A copy whose writing matrices are orthogonal to `basis`; see `mechsteer.backends.weights.orthogonalise`."""
+    from mechsteer.backends import weights
+
+    return weights.orthogonalise(hooked, basis)
+
+
+def add_bias(hooked: Any, layer: int, vector: Float[Tensor, " d_model"]) -> Any:
+    """A copy whose MLP output bias of a block gained a vector; see `mechsteer.backends.weights.add_bias`."""
+    from mechsteer.backends import weights
+
+    return weights.add_bias(hooked, layer, vector)
+
+
+def build_decoder(hooked: Any) -> Any:
+    """The packed forward pass of a hooked model, or None where that does not cover it.
+
+    Its logits are compared with the hooked model's own, so that a setting that it overlooks is never used unseen.
+    """
+    from mechsteer.backends.decoder import Decoder
+
+    twin = hooked
+    if backend_of(hooked) == "bridge":
+        from mechsteer.backends.bridge import hooked_twin
+
+        twin = hooked_twin(hooked)
+    built = None if twin is None else Decoder.of(twin)
+    if built is None:
+        return None
+    n_pos = min(hooked.cfg.n_ctx, 24)
+    tokens = torch.randint(hooked.cfg.d_vocab, (1, n_pos), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(built.W_E.device)
+    with torch.no_grad():
+        expected = hooked(tokens, attention_mask=torch.ones_like(tokens))[0]
+        got = built.whole(tokens)[0]
+    wide = hooked.cfg.dtype in (torch.float32, torch.float64) if hasattr(hooked.cfg, "dtype") else True
+    tolerance = (1e-4 if wide else 5e-2) * max(1.0, float(expected.abs().max()))
+    worst = float((got - expected).abs().max())
+    if not worst <= tolerance:
+        warnings.warn(
+            f"mechsteer's packed forward pass differs by {worst:.2g} from {hooked.cfg.model_name}'s own and is not used: "
+            "sweeps and generation are slower.",
+            stacklevel=2,
+        )
+        return None
+    return built
 
 
 def hub_folder(name: str, *, shipped: tuple[str, ...] = ()) -> Path:

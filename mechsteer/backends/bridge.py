@@ -1,6 +1,7 @@
 """TransformerLens's `TransformerBridge`: transformers' own modules under HookedTransformer's hook names."""
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,3 +53,29 @@ def from_huggingface(source: "Source", *, device: torch.device, dtype: torch.dty
 def is_processed(bridge: Any) -> bool:
     """Whether the bridge's weights were folded or centred (`enable_compatibility_mode` without `no_processing`)."""
     return bool(getattr(bridge, "_weights_processed", False))
+
+
+def hooked_twin(bridge: Any) -> Any:
+    """A `HookedTransformer` with the weights of a bridge, or None where it cannot be made.
+
+    For code that reads weights by TransformerLens's classic names; the bridge's own config lacks most settings.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from mechsteer.backends import hooked_transformer
+    from mechsteer.backends.huggingface import Source
+
+    if is_processed(bridge):
+        return None
+    config = bridge.original_model.config
+    weight = next(bridge.parameters())
+    # The bridge wraps each of transformers' modules; without its wrappers the names are transformers' own.
+    values = {key.replace("._original_component", ""): v for key, v in bridge.original_model.state_dict().items()}
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=weight.dtype)
+        model.load_state_dict({key: values[key] for key in model.state_dict()}, assign=True)
+        source = Source(Path(str(bridge.cfg.model_name)), model.eval(), copy.deepcopy(bridge.tokenizer))
+        return hooked_transformer.from_huggingface(source, device=weight.device, dtype=weight.dtype)
+    except Exception:  # whatever transformers or TransformerLens raise for what they do not cover
+        return None

@@ -1,0 +1,545 @@
+"""A decoder-only forward pass on packed rows, with the weights of a `HookedTransformer`.
+
+TransformerLens runs rectangles [batch, pos] from the first layer to the last. A sweep needs less: many cells, each from
+its own layer and position on, with the clean keys and values before them. So the same mathematics is written here once
+on rows, each of which is one token of one item. Every result is compared with TransformerLens's own forward pass before
+it is used (`mechsteer.model`), and architectures that are not covered take the hooks.
+
+The weights are contiguous copies in the order that a matrix product wants: TransformerLens rearranges its own on every
+forward pass.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from mechsteer.prompts import Prompts
+from mechsteer.rows import Rows
+
+Edits = Mapping[tuple[str, int], Sequence[Callable[[Tensor, Rows], Tensor]]]
+# The kinds of site that edits and captures can name, in the order of the forward pass.
+KINDS = (
+    "embed", "pos_embed", "resid_pre", "q", "k", "v", "pattern", "z", "attn_out", "resid_mid", "mlp_pre",
+    "mlp_pre_linear", "mlp_post", "mlp_out", "resid_post",
+)  # fmt: skip
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Layout:
+    """Rows of items as a rectangle [item, width]: where each row stands in it."""
+
+    def __init__(self, rows: Rows, item: Int[Tensor, " row"], slot: Int[Tensor, " row"], n_items: int, width: int) -> None:
+        self.rows, self.n_items, self.width = rows, n_items, width
+        self.dense = rows.position.shape[0] == n_items * width
+        self.index = item * width + slot
+        self.item = item
+
+    def pad(self, x: Float[Tensor, "row *feature"]) -> Float[Tensor, "item width *feature"]:
+        """Rows as the rectangle, zero where there is none."""
+        shape = (self.n_items, self.width, *x.shape[1:])
+        if self.dense:
+            return x.view(shape)
+        return x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy(0, self.index, x).view(shape)
+
+    def pack(self, x: Float[Tensor, "item width *feature"]) -> Float[Tensor, "row *feature"]:
+        """The rectangle's rows."""
+        flat = x.reshape(self.n_items * self.width, *x.shape[2:])
+        return flat if self.dense else flat[self.index]
+
+    def positions(self, fill: int) -> Int[Tensor, "item width"]:
+        """Absolute position at each place; `fill` where there is no row."""
+        full = self.index.new_full((self.n_items * self.width,), fill)
+        return full.index_copy(0, self.index, self.rows.position).view(self.n_items, self.width)
+
+
+class Pack:
+    """Which tokens a forward pass computes: `cells` cells of every example, each from its own position on.
+
+    Items are ordered by example, then cell; rows by item, then position.
+
+    Attributes:
+        n_examples, n_cells: items are their product.
+        example: index into the prompts of each group of `n_cells` items.
+        start: first recomputed position of each item.
+        all: layout of all rows.
+        last: layout of the rows that the last layer is asked for.
+    """
+
+    def __init__(
+        self,
+        rows_of: Callable[[Tensor, Tensor, Tensor], Rows],
+        example: Int[Tensor, " group"],
+        start: Int[Tensor, "group cell"],
+        stop: Int[Tensor, "group cell"],
+        read: Bool[Tensor, "group cell pos"] | None,
+    ) -> None:
+        """
+        Args:
+            rows_of: makes Rows from (example, position, cell) of each row.
+            example: prompts of the groups.
+            start: first position to compute.
+            stop: one after the last.
+            read: positions that the last layer must give; None for all.
+        """
+        self.example, self.start = example, start
+        self.n_examples, self.n_cells = start.shape
+        n_items = start.numel()
+        width = int((stop - start).max())
+        offset = torch.arange(width, device=start.device)
+        position = start.reshape(-1, 1) + offset
+        inside = position < stop.reshape(-1, 1)
+        item, slot = inside.nonzero(as_tuple=True)
+        position = position[item, slot]
+        group, cell = item // self.n_cells, item % self.n_cells
+        self.all = Layout(rows_of(example[group], position, cell), item, slot, n_items, width)
+        self.last, self.last_index = self.all, None
+        if read is not None:
+            keep = read.reshape(n_items, -1)[item, position].nonzero().squeeze(1)
+            if keep.shape[0] < item.shape[0]:
+                kept_item = item[keep]
+                count = torch.zeros(n_items, dtype=torch.long, device=start.device)
+                count = count.index_add(0, kept_item, torch.ones_like(kept_item))
+                before = count.cumsum(0) - count
+                kept_slot = torch.arange(len(keep), device=start.device) - before[kept_item]
+                self.last = Layout(self.all.rows[keep], kept_item, kept_slot, n_items, max(1, int(count.max())))
+                self.last_index = keep
+        self.n_past = int(start.max())
+        self._masks: dict[Any, Tensor] = {}
+
+    def mask(self, queries: Layout, window: int | None) -> Bool[Tensor, "group 1 cell 1 width keys"]:
+        """Which keys each query attends to: clean ones before the item's start, then the item's own."""
+        key = (queries is self.last, window)
+        if key not in self._masks:
+            shape = (self.n_examples, 1, self.n_cells, 1)
+            # A place without a row attends to the first key alone, so that no softmax is over nothing.
+            query = queries.positions(-1).view(*shape, queries.width, 1)
+            start = self.start.reshape(*shape, 1, 1)
+            past = torch.arange(self.n_past, device=start.device).expand(*shape, 1, -1)
+            own = self.all.positions(1 << 30).view(*shape, 1, self.all.width)
+            allowed = torch.cat([(past < start) & (past <= query), own <= query], -1)
+            if window is not None:
+                allowed = allowed & torch.cat([past > query - window, own > query - window], -1)
+            empty = query < 0
+            first = torch.arange(allowed.shape[-1], device=start.device) == 0
+            self._masks[key] = allowed | (empty & first)
+        return self._masks[key]
+
+
+@dataclass
+class Cache:
+    """Keys (rotated) and values [layer, example, head, pos, d_head] of whole prompts, and how many positions hold some."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @staticmethod
+    def empty(decoder: "Decoder", n_examples: int, n_pos: int) -> "Cache":
+        """A cache with room for `n_pos` positions."""
+        like = decoder.W_E
+        shape = (n_examples, decoder.n_kv_heads, n_pos, decoder.d_head)
+
+        def make() -> list[Tensor]:
+            return [like.new_zeros(shape) for _ in decoder.layers]
+
+        return Cache(make(), make())
+
+
+@dataclass
+class _Norm:
+    w: Tensor | None
+    b: Tensor | None
+    eps: float
+    rms: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.rms:
+            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+            normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+            return normal if self.w is None else normal * self.w
+        return F.layer_norm(x, x.shape[-1:], self.w, self.b, self.eps)
+
+
+@dataclass
+class _Linear:
+    w: Tensor  # [in, out], contiguous
+    b: Tensor | None
+
+    def __call__(self, x: Tensor, part: slice = slice(None)) -> Tensor:
+        w = self.w[:, part]
+        return x @ w if self.b is None else torch.addmm(self.b[part], x, w)
+
+
+@dataclass
+class _Layer:
+    ln1: _Norm
+    qkv: _Linear
+    q_norm: _Norm | None
+    k_norm: _Norm | None
+    out: _Linear
+    ln1_post: _Norm | None
+    ln2: _Norm
+    mlp_in: _Linear  # gate and linear part side by side in a gated MLP
+    b_in: Tensor | None  # added after the gate, as TransformerLens does
+    mlp_out: _Linear
+    ln2_post: _Norm | None
+    scale: float
+    window: int | None
+    rotary: tuple[Tensor, Tensor] | None
+
+
+@dataclass
+class Capture:
+    """What a pass leaves besides its result: sites asked for, as rows with their layout."""
+
+    wanted: frozenset[tuple[str, int]] = frozenset()
+    taken: dict[tuple[str, int], tuple[Tensor, Layout]] = field(default_factory=dict)
+
+
+class Decoder:
+    """The forward pass. Build it with `Decoder.of(hooked)`, which gives None for architectures that it does not cover."""
+
+    def __init__(self, hooked: Any) -> None:
+        cfg = hooked.cfg
+        self.n_heads, self.d_head, self.n_layers = cfg.n_heads, cfg.d_head, cfg.n_layers
+        self.n_kv_heads = cfg.n_key_value_heads or cfg.n_heads
+        self.soft_cap = float(cfg.attn_scores_soft_cap or 0)
+        self.logit_cap = float(cfg.output_logits_soft_cap or 0)
+        self.gated = bool(cfg.gated_mlp)
+        self.act = _ACTIVATIONS[cfg.act_fn]
+        self.adjacent = bool(cfg.rotary_adjacent_pairs)
+        self.rotary_dim = cfg.rotary_dim
+        with torch.no_grad():
+            self.W_E = hooked.embed.W_E.detach().clone()
+            self.W_pos = hooked.pos_embed.W_pos.detach().clone() if cfg.positional_embedding_type == "standard" else None
+            rotaries: dict[Any, Any] = {}
+            self.layers = [self._layer(block, rotaries) for block in hooked.blocks]
+            self.ln_final = _norm(hooked.ln_final)
+            self.unembed = _linear(hooked.unembed.W_U, hooked.unembed.b_U)
+        self.flops_per_row = sum(
+            2 * (layer.qkv.w.numel() + layer.out.w.numel() + layer.mlp_in.w.numel() + layer.mlp_out.w.numel())
+            for layer in self.layers
+        ) // max(1, self.n_layers)
+
+    @staticmethod
+    def of(hooked: Any) -> "Decoder | None":
+        """The decoder of a `HookedTransformer`, or None where it does something that is not written here."""
+        cfg = hooked.cfg
+        odd = (
+            cfg.attn_only or cfg.parallel_attn_mlp or cfg.num_experts or cfg.post_embedding_ln or cfg.load_in_4bit
+            or cfg.use_attention_sinks or cfg.use_logn_attn or cfg.use_dynamic_ntk_rope or cfg.clip_qkv is not None
+        )  # fmt: skip
+        known = (
+            cfg.attention_dir == "causal"
+            and cfg.positional_embedding_type in ("standard", "rotary")
+            and cfg.act_fn in _ACTIVATIONS
+            and cfg.normalization_type in ("LN", "LNPre", "RMS", "RMSPre")
+            and "Olmo" not in str(cfg.original_architecture)
+        )
+        return Decoder(hooked) if known and not odd else None
+
+    def _layer(self, block: Any, rotaries: dict[Any, Any]) -> _Layer:
+        attn, mlp = block.attn, block.mlp
+        grouped = hasattr(attn, "_W_K")
+        k, v = (attn._W_K, attn._W_V) if grouped else (attn.W_K, attn.W_V)
+        b_k, b_v = (attn._b_K, attn._b_V) if grouped else (attn.b_K, attn.b_V)
+        qkv = torch.cat([w.permute(1, 0, 2).flatten(1) for w in (attn.W_Q, k, v)], 1)
+        b_qkv = torch.cat([b.flatten() for b in (attn.b_Q, b_k, b_v)])
+        rotary = None
+        if self.W_pos is None:
+            base = attn._rotary_base()
+            key = (base, attn.attn_type)
+            if key not in rotaries:
+                n_pos = attn.cfg.n_ctx
+                sin, cos = attn.calculate_sin_cos_rotary(attn.cfg.rotary_dim, n_pos, base=base, dtype=attn.cfg.dtype)
+                rotaries[key] = sin.to(self.W_E.device), cos.to(self.W_E.device)
+            rotary = rotaries[key]
+        mlp_in = torch.cat([mlp.W_gate, mlp.W_in], 1) if self.gated else mlp.W_in
+        return _Layer(
+            ln1=_norm(block.ln1),
+            qkv=_linear(qkv, b_qkv),
+            q_norm=_norm(attn.q_norm) if attn.q_norm is not None else None,
+            k_norm=_norm(attn.k_norm) if attn.k_norm is not None else None,
+            out=_linear(attn.W_O.flatten(0, 1), attn.b_O),
+            ln1_post=_norm(block.ln1_post) if hasattr(block, "ln1_post") else None,
+            ln2=_norm(block.ln2),
+            mlp_in=_linear(mlp_in, None if self.gated else mlp.b_in),
+            b_in=_bias(mlp.b_in) if self.gated else None,
+            mlp_out=_linear(mlp.W_out, mlp.b_out),
+            ln2_post=_norm(block.ln2_post) if hasattr(block, "ln2_post") else None,
+            scale=1.0 / float(attn.attn_scale),
+            window=int(attn.cfg.window_size) if attn.attn_type == "local" else None,
+            rotary=rotary,
+        )
+
+    # ---- the forward pass ----
+
+    def embed(self, tokens: Int[Tensor, " row"], rows: Rows, edits: Edits, capture: Capture) -> Float[Tensor, "row d_model"]:
+        """The residual stream that enters layer 0."""
+        layout = capture_layout(rows)
+        x = _tap("embed", -1, self.W_E[tokens], layout, edits, capture)
+        if self.W_pos is None:
+            return x
+        return x + _tap("pos_embed", -1, self.W_pos[rows.position], layout, edits, capture)
+
+    def logits(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
+        """Final norm and unembedding of rows."""
+        out = self.unembed(self.ln_final(x))
+        return torch.tanh(out / self.logit_cap) * self.logit_cap if self.logit_cap > 0 else out
+
+    def whole(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        """Logits of whole prompts without padding."""
+        batch, n_pos = tokens.shape
+        pack = whole_pack(Prompts.from_ids(tokens))
+        x = self.embed(tokens.flatten(), pack.all.rows, {}, Capture())
+        x = self.blocks(x, pack, first=0, stop=self.n_layers, own=Cache.empty(self, batch, n_pos))
+        return self.logits(x).view(batch, n_pos, -1)
+
+    def blocks(
+        self,
+        x: Float[Tensor, "row d_model"],
+        pack: Pack,
+        *,
+        first: int,
+        stop: int,
+        from_mlp: bool = False,
+        past: Cache | None = None,
+        own: Cache | None = None,
+        edits: Edits | None = None,
+        capture: Capture | None = None,
+        keep: Callable[[int, str, Tensor], None] | None = None,
+    ) -> Float[Tensor, "kept d_model"]:
+        """Layers `first` to `stop - 1`.
+
+        Args:
+            x: `resid_pre` of layer `first` at all rows of `pack`; its `resid_mid` where `from_mlp`.
+            past: clean keys and values before each item's start; not written.
+            own: a cache that the rows' keys and values are written to, and that they attend to, instead of `past`.
+                One cell per example.
+            edits: what to do at (kind, layer).
+            capture: sites to take.
+            keep: called with (layer, "resid_pre" or "resid_mid", rows).
+
+        Returns:
+            `resid_post` of layer `stop - 1`: at the rows of `pack.last` where that is the last layer, else at all.
+        """
+        edits, capture = edits or {}, capture or Capture()
+        for index in range(first, stop):
+            layer, mid = self.layers[index], x
+            final = index == self.n_layers - 1
+            queries = pack.last if final else pack.all
+            if not (from_mlp and index == first):
+                x = _tap("resid_pre", index, x, pack.all, edits, capture)
+                if keep:
+                    keep(index, "resid_pre", x)
+                attn_out = self._attention(layer, index, x, pack, queries, past, own, edits, capture)
+                if layer.ln1_post is not None:
+                    attn_out = layer.ln1_post(attn_out)
+                attn_out = _tap("attn_out", index, attn_out, queries, edits, capture)
+                if queries is not pack.all:
+                    x = x[pack.last_index]
+                mid = x + attn_out
+            elif queries is not pack.all:
+                mid = x[pack.last_index]
+            mid = _tap("resid_mid", index, mid, queries, edits, capture)
+            if keep:
+                keep(index, "resid_mid", mid)
+            x = _tap("resid_post", index, mid + self._mlp(layer, index, mid, queries, edits, capture), queries, edits, capture)
+        return x
+
+    def _mlp(self, layer: _Layer, index: int, mid: Tensor, layout: Layout, edits: Edits, capture: Capture) -> Tensor:
+        pre = layer.mlp_in(layer.ln2(mid))
+        if self.gated:
+            gate, linear = pre.chunk(2, -1)
+            gate = _tap("mlp_pre", index, gate, layout, edits, capture)
+            linear = _tap("mlp_pre_linear", index, linear, layout, edits, capture)
+            post = self.act(gate) * linear
+            if layer.b_in is not None:
+                post = post + layer.b_in
+        else:
+            post = self.act(_tap("mlp_pre", index, pre, layout, edits, capture))
+        post = _tap("mlp_post", index, post, layout, edits, capture)
+        out = layer.mlp_out(post)
+        if layer.ln2_post is not None:
+            out = layer.ln2_post(out)
+        return _tap("mlp_out", index, out, layout, edits, capture)
+
+    def _attention(
+        self, layer: _Layer, index: int, x: Tensor, pack: Pack, queries: Layout, past: Cache | None, own: Cache | None,
+        edits: Edits, capture: Capture,
+    ) -> Tensor:  # fmt: skip
+        n_q, n_kv, d = self.n_heads, self.n_kv_heads, self.d_head
+        normal = layer.ln1(x)
+        if queries is pack.all:
+            q, k, v = layer.qkv(normal).view(-1, n_q + 2 * n_kv, d).split([n_q, n_kv, n_kv], 1)
+        else:
+            k, v = layer.qkv(normal, slice(n_q * d, None)).view(-1, 2 * n_kv, d).split([n_kv, n_kv], 1)
+            q = layer.qkv(normal[pack.last_index], slice(n_q * d)).view(-1, n_q, d)
+        q = _tap("q", index, q, queries, edits, capture)
+        k = _tap("k", index, k, pack.all, edits, capture)
+        v = _tap("v", index, v, pack.all, edits, capture)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        if layer.rotary is not None:
+            q = self._rotate(q, layer.rotary, queries.rows.position)
+            k = self._rotate(k, layer.rotary, pack.all.rows.position)
+        see_pattern = ("pattern", index) in edits or ("pattern", index) in capture.wanted
+        if own is not None:
+            z = self._attend_own(layer, index, q, k, v, pack, queries, own, edits, capture, see_pattern)
+        else:
+            assert past is not None
+            z = self._attend_past(layer, index, q, k, v, pack, queries, past, edits, capture, see_pattern)
+        z = _tap("z", index, z, queries, edits, capture)
+        return layer.out(z.reshape(-1, n_q * d))
+
+    def _rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], position: Tensor) -> Tensor:
+        sin, cos = rotary[0][position][:, None], rotary[1][position][:, None]
+        whole = self.rotary_dim == self.d_head
+        part = x if whole else x[..., : self.rotary_dim]
+        if self.adjacent:
+            flipped = torch.stack([-part[..., 1::2], part[..., ::2]], -1).flatten(-2)
+        else:
+            first, second = part.chunk(2, -1)
+            flipped = torch.cat([-second, first], -1)
+        turned = part * cos + flipped * sin
+        return turned if whole else torch.cat([turned, x[..., self.rotary_dim :]], -1)
+
+    def _scores(self, scores: Tensor, scale: float) -> Tensor:
+        scores = scores * scale
+        return torch.tanh(scores / self.soft_cap) * self.soft_cap if self.soft_cap > 0 else scores
+
+    def _attend_own(
+        self, layer: _Layer, index: int, q: Tensor, k: Tensor, v: Tensor, pack: Pack, queries: Layout, cache: Cache,
+        edits: Edits, capture: Capture, see_pattern: bool,
+    ) -> Tensor:  # fmt: skip
+        """Attention of whole prompts, or of new tokens to a cache that grows: one item per example."""
+        n_kv, group = self.n_kv_heads, self.n_heads // self.n_kv_heads
+        rows = pack.all.rows
+        # Rows are ordered by item: which row of the cache an item is, is its place, whatever prompt it comes from.
+        cache.keys[index][pack.all.item, :, rows.position] = k
+        cache.values[index][pack.all.item, :, rows.position] = v
+        n_keys = min(pack.n_past + pack.all.width, cache.keys[index].shape[2])
+        keys, values = cache.keys[index][:, :, :n_keys], cache.values[index][:, :, :n_keys]
+        key_position = torch.arange(n_keys, device=q.device)
+        mask_key = ("own", queries is pack.last, layer.window)
+        if mask_key not in pack._masks:
+            query = queries.positions(0)[:, :, None]
+            allowed = key_position <= query
+            if layer.window is not None:
+                allowed = allowed & (key_position > query - layer.window)
+            pack._masks[mask_key] = allowed[:, None]
+        mask = pack._masks[mask_key]
+        padded = queries.pad(q).transpose(1, 2)
+        if not see_pattern and self.soft_cap <= 0:
+            z = F.scaled_dot_product_attention(
+                padded, keys, values, attn_mask=mask, scale=layer.scale, enable_gqa=group > 1
+            )
+            return queries.pack(z.transpose(1, 2))
+        n_items, _, width, d = padded.shape
+        grouped = padded.reshape(n_items, n_kv, group * width, d)
+        scores = self._scores(grouped @ keys.mT, layer.scale).view(n_items, self.n_heads, width, -1)
+        pattern = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        if see_pattern:
+            packed = queries.pack(pattern.transpose(1, 2))
+            packed = _tap("pattern", index, packed, queries, edits, capture)
+            pattern = queries.pad(packed).transpose(1, 2)
+        z = pattern.reshape(n_items, n_kv, group * width, -1) @ values
+        return queries.pack(z.view(n_items, self.n_heads, width, d).transpose(1, 2))
+
+    def _attend_past(
+        self, layer: _Layer, index: int, q: Tensor, k: Tensor, v: Tensor, pack: Pack, queries: Layout, past: Cache,
+        edits: Edits, capture: Capture, see_pattern: bool,
+    ) -> Tensor:  # fmt: skip
+        """Attention of many cells: to clean keys before the item's start, which its cells share, and to its own."""
+        e, m, n_kv, group, d = pack.n_examples, pack.n_cells, self.n_kv_heads, self.n_heads // self.n_kv_heads, self.d_head
+        width, own_width, n_past = queries.width, pack.all.width, pack.n_past
+        q6 = queries.pad(q).view(e, m, width, n_kv, group, d).permute(0, 3, 1, 4, 2, 5).contiguous()
+        k5 = pack.all.pad(k).view(e, m, own_width, n_kv, d).permute(0, 3, 1, 2, 4)
+        v5 = pack.all.pad(v).view(e, m, own_width, n_kv, d).permute(0, 3, 1, 2, 4)
+        own_scores = q6.view(e, n_kv, m, group * width, d) @ k5.mT
+        scores = own_scores.view(e, n_kv, m, group, width, own_width)
+        if n_past:
+            keys = past.keys[index][pack.example, :, :n_past]
+            past_scores = q6.view(e, n_kv, m * group * width, d) @ keys.mT
+            scores = torch.cat([past_scores.view(e, n_kv, m, group, width, n_past), scores], -1)
+        mask = pack.mask(queries, layer.window)
+        pattern = self._scores(scores, layer.scale).masked_fill(~mask, float("-inf")).softmax(-1)
+        if see_pattern:
+            pattern = self._tap_pattern(index, pattern, pack, queries, edits, capture)
+        z = pattern[..., n_past:].reshape(e, n_kv, m, group * width, own_width) @ v5
+        z = z.view(e, n_kv, m * group * width, d)
+        if n_past:
+            values = past.values[index][pack.example, :, :n_past]
+            z = z + pattern[..., :n_past].reshape(e, n_kv, m * group * width, n_past) @ values
+        z = z.view(e, n_kv, m, group, width, d).permute(0, 2, 4, 1, 3, 5).reshape(e * m, width, self.n_heads, d)
+        return queries.pack(z)
+
+    def _tap_pattern(
+        self, index: int, pattern: Tensor, pack: Pack, queries: Layout, edits: Edits, capture: Capture
+    ) -> Tensor:
+        """Edit a pattern over (clean keys, own keys) as one over absolute source positions."""
+        e, n_kv, m, group, width, _ = pattern.shape
+        n_src = pack.n_past + pack.all.width
+        own_source = pack.start.view(e, 1, m, 1, 1, 1) + torch.arange(pack.all.width, device=pattern.device)
+        own_source = own_source.expand(e, n_kv, m, group, width, -1)
+        past = pattern[..., : pack.n_past]
+        full = F.pad(past, (0, pack.all.width)).scatter_add(-1, own_source, pattern[..., pack.n_past :])
+        rows = full.permute(0, 2, 4, 1, 3, 5).reshape(e * m, width, self.n_heads, n_src)
+        rows = _tap("pattern", index, queries.pack(rows), queries, edits, capture)
+        full = queries.pad(rows).view(e, m, width, n_kv, group, n_src).permute(0, 3, 1, 4, 2, 5)
+        before = torch.arange(pack.n_past, device=pattern.device) < pack.start.view(e, 1, m, 1, 1, 1)
+        return torch.cat([full[..., : pack.n_past] * before, full.gather(-1, own_source)], -1)
+
+
+def whole_pack(prompts: Prompts, *, start: Tensor | None = None, stop: Tensor | None = None) -> Pack:
+    """All tokens of right-padded prompts, or those from `start` to `stop - 1` [batch], one item each."""
+    example = torch.arange(len(prompts), device=prompts.tokens.device)
+    first = torch.zeros_like(prompts.lengths) if start is None else start
+    last = prompts.lengths if stop is None else stop
+    return Pack(lambda e, p, c: Rows(prompts, e, p, c), example, first[:, None], last[:, None], None)
+
+
+def capture_layout(rows: Rows) -> Layout:
+    """The layout of rows that stand for themselves."""
+    n = rows.position.shape[0]
+    index = torch.arange(n, device=rows.position.device)
+    return Layout(rows, index, torch.zeros_like(index), n, 1)
+
+
+def _tap(kind: str, layer: int, x: Tensor, layout: Layout, edits: Edits, capture: Capture) -> Tensor:
+    """What flows on from a site: after its edits; taken where it is wanted."""
+    for edit in edits.get((kind, layer), ()):
+        x = edit(x, layout.rows)
+    if (kind, layer) in capture.wanted:
+        capture.taken[kind, layer] = (x, layout)
+    return x
+
+
+def _bias(b: Tensor) -> Tensor | None:
+    return b.detach().clone() if bool(b.any()) else None
+
+
+def _linear(w: Tensor, b: Tensor | None) -> _Linear:
+    return _Linear(w.detach().clone(memory_format=torch.contiguous_format), None if b is None else _bias(b.flatten()))
+
+
+def _norm(module: Any) -> _Norm:
+    name = type(module).__name__
+    w, b = getattr(module, "w", None), getattr(module, "b", None)
+    return _Norm(
+        None if w is None else w.detach().clone(),
+        None if b is None else b.detach().clone(),
+        float(module.eps),
+        name.startswith("RMS"),
+    )
