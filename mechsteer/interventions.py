@@ -5,12 +5,12 @@ cells. Hooks, generation and the sweep engine all call that one function.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsteer.activations import Activations
@@ -579,65 +579,131 @@ def fwd_hooks(
     for each in interventions:
         for point in each.sites(model.n_layers):
             by_point.setdefault(point, []).append(each)
-    return [(point.hook_name, _Hook(point, edits, prompts)) for point, edits in by_point.items()]
+    hooks = [(point, _Hook(point, [Column([each]) for each in edits], prompts)) for point, edits in by_point.items()]
+    return _named(hooks, model)
+
+
+def stacked_hooks(
+    columns: Mapping[Site, Sequence[Column]],
+    model: "Model",
+    *,
+    base: Prompts,
+    items: Prompts,
+    example: Int[Tensor, " item"],
+    cell: Int[Tensor, " item"],
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks for a batch of items, each of which is one cell on one of the prompts `base`.
+
+    Args:
+        columns: what to do at each hook point.
+        model: that the hooks are for.
+        base: right-padded; what examples and spans refer to.
+        items: the batch that is run, right-padded.
+        example: index into `base` of each item.
+        cell: index into the columns' cells of each item.
+    """
+    return _named([(point, _Hook(point, edits, items, base, example, cell)) for point, edits in columns.items()], model)
+
+
+def _named(
+    hooks: Sequence[tuple[Site, Callable[..., Tensor]]], model: "Model"
+) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks by the names of their hook points.
+
+    A bridge's `hook_resid_mid` is the input of the MLP's norm alone: what a hook changes there never reaches the
+    residual stream. So that the site means the same everywhere, its edits move to `attn_out`, the other addend.
+    """
+    named: list[tuple[str, Callable[..., Any]]] = []
+    moved: list[tuple[str, Callable[..., Any]]] = []
+    for point, hook in hooks:
+        if point.kind == "resid_mid" and model.backend == "bridge":
+            keep, edit = _through_attn_out(hook)
+            moved += [(Site("resid_pre", point.layer).hook_name, keep), (Site("attn_out", point.layer).hook_name, edit)]
+        else:
+            named.append((point.hook_name, hook))
+    return [*named, *moved]
+
+
+def _through_attn_out(hook: Callable[..., Tensor]) -> tuple[Callable[..., None], Callable[..., Tensor]]:
+    """Hooks at `resid_pre` and `attn_out` that have the effect of `hook` on their sum."""
+    held: list[Tensor] = []
+
+    def keep(tensor: Tensor, hook: Any = None) -> None:
+        held[:] = [tensor]
+
+    def edit(attn_out: Tensor, hook: Any = None, *, inner: Callable[..., Tensor] = hook) -> Tensor:
+        resid_pre = held.pop()
+        return inner(resid_pre + attn_out) - resid_pre
+
+    return keep, edit
 
 
 class _Hook:
     """A TransformerLens hook: turns [batch, pos, ...] or [batch, head, dest, src] into rows, edits them, turns back."""
 
-    def __init__(self, point: Site, interventions: Sequence[Intervention], prompts: Prompts | None) -> None:
+    def __init__(
+        self,
+        point: Site,
+        columns: Sequence[Column],
+        prompts: Prompts | None,
+        base: Prompts | None = None,
+        example: Tensor | None = None,
+        cell: Tensor | None = None,
+    ) -> None:
         self._scores = point.axes[-1] == "src"
-        self._columns = [Column([each]) for each in interventions]
-        self._given = prompts
-        self._prompts = prompts
-        self._seen = 0
+        self._columns = columns
+        self._given = self._prompts = prompts
+        self._base, self._example, self._cell = base, example, cell
+        self._seen = self._width = 0
 
     def __call__(self, tensor: Tensor, hook: Any = None) -> Tensor:
         x = tensor.transpose(1, 2) if self._scores else tensor
         batch, width = x.shape[:2]
-        self._advance(batch, width, x.device)
-        prompts = self._prompts
-        assert prompts is not None
+        prompts = self._advance(batch, width, x.device)
         first, total = self._seen - width, prompts.tokens.shape[1]
         # Absolute position of each column; columns after the prompts hold generated tokens.
+        given = prompts.positions[:, first:total]
         column = torch.arange(first, self._seen, device=x.device).expand(batch, width)
-        given = prompts.positions.to(x.device)[:, first:total]
-        new = prompts.lengths.to(x.device)[:, None] + column[:, given.shape[1] :] - total
-        position = torch.cat([given, new], 1)[:, :width]
-        if self._scores:
-            x = self._shift(x, prompts, -1)
-        real = (position.reshape(-1) >= 0).nonzero().squeeze(1)
-        example = torch.arange(batch, device=x.device)[:, None].expand(batch, width).reshape(-1)[real]
-        rows = Rows(self._right.to(x.device), example, position.reshape(-1)[real], torch.zeros_like(example))
+        new = prompts.lengths[:, None] + column[:, given.shape[1] :] - total
+        position = torch.cat([given, new], 1).reshape(-1)
+        x = self._shift(x, prompts, -1) if self._scores else x
+        real = (position >= 0).nonzero().squeeze(1)
+        item = torch.arange(batch, device=x.device).repeat_interleave(width)[real]
+        example = item if self._example is None else self._example[item]
+        cell = torch.zeros_like(item) if self._cell is None else self._cell[item]
+        rows = Rows(self._right, example, position[real], cell)
         flat = x.reshape(batch * width, *x.shape[2:])
         values = flat[real]
-        for column_of in self._columns:
-            values = column_of(values, rows)
+        for column_edit in self._columns:
+            values = column_edit(values, rows)
         out = flat.index_put((real,), values).reshape(x.shape)
-        if self._scores:
-            out = self._shift(out, prompts, 1).transpose(1, 2)
-        return out
+        return self._shift(out, prompts, 1).transpose(1, 2) if self._scores else out
 
-    def _advance(self, batch: int, width: int, device: torch.device) -> None:
-        if self._prompts is None or (self._given is None and (width >= self._width or len(self._prompts) != batch)):
-            self._prompts = Prompts.from_ids(torch.zeros(batch, width, dtype=torch.long, device=device))
+    def _advance(self, batch: int, width: int, device: torch.device) -> Prompts:
+        """The prompts that are run; counts the columns that have been seen."""
+        prompts = self._prompts
+        if self._given is None and (prompts is None or width >= self._width or len(prompts) != batch):
+            self._prompts = prompts = Prompts.from_ids(torch.zeros(batch, width, dtype=torch.long))
             self._seen = 0
-        elif width >= self._prompts.tokens.shape[1]:
+        assert prompts is not None
+        if self._given is not None and width >= prompts.tokens.shape[1]:
             self._seen = 0
         if self._seen == 0:
             self._width = width
-            self._right = self._prompts.padded("right")
-            if len(self._prompts) != batch or self._prompts.tokens.shape[1] != width:
+            self._prompts = prompts = prompts.to(device)
+            self._right = prompts.padded("right") if self._base is None else self._base
+            if tuple(prompts.tokens.shape) != (batch, width):
                 raise MechsteerError(
-                    f"The hooks were made for prompts of shape {tuple(self._prompts.tokens.shape)} and got activations "
-                    f"of {batch} by {width} tokens. Make them with the prompts that are run."
+                    f"The hooks were made for prompts of shape {tuple(prompts.tokens.shape)} and got activations of "
+                    f"{batch} by {width} tokens. Make them with the prompts that are run."
                 )
         self._seen += width
+        return prompts
 
     def _shift(self, x: Tensor, prompts: Prompts, sign: int) -> Tensor:
         """Turn the source axis of [batch, dest, head, src] so that sources are absolute (-1), or back (1)."""
         if prompts.padding_side == "right":
             return x
-        pad = (prompts.tokens.shape[1] - prompts.lengths).to(x.device)
+        pad = prompts.tokens.shape[1] - prompts.lengths
         index = (torch.arange(x.shape[-1], device=x.device)[None] - sign * pad[:, None]) % x.shape[-1]
         return x.gather(-1, index[:, None, None].expand_as(x))

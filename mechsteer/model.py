@@ -152,15 +152,15 @@ class Model:
         check(applied, self, right)
         read = _read(given, logits)
         with torch.set_grad_enabled(grad):
-            rows, taken = self._forward(right, applied, sites, read=_relaid(read, given, right))
+            rows, taken = self.forward(right, fwd_hooks(applied, self, right), sites, read=_relaid(read, given, right))
             values = {site: _relay(taken[site], site, right, given) for site in sites}
         activations = Activations(values, prompts=given, model=self.id)
         return Run(given, rows, read, activations, torch.arange(len(given), device=read.device))
 
-    def _forward(
-        self, right: Prompts, interventions: Sequence[Intervention], sites: Sequence[Site], *, read: Tensor
+    def forward(
+        self, right: Prompts, edits: Sequence[tuple[str, Callable[..., Any]]], sites: Sequence[Site], *, read: Tensor
     ) -> tuple[Tensor, dict[Site, Tensor]]:
-        """Logits at `read`, and the sites' activations, of right-padded prompts."""
+        """Logits at `read`, and the sites' activations, of right-padded prompts under hooks that edit."""
         taken: dict[Site, Tensor] = {}
 
         def recorder(site: Site) -> Callable[..., None]:
@@ -169,7 +169,7 @@ class Model:
 
             return take
 
-        hooks = [*fwd_hooks(interventions, self, right), *((site.hook_name, recorder(site)) for site in sites)]
+        hooks = [*edits, *((site.hook_name, recorder(site)) for site in sites)]
         stop = None
         if not bool(read.any()) and all(site.layer is not None or site.order[0] < 0 for site in sites):
             stop = max((site.order[0] for site in sites), default=-1) + 1

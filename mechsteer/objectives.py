@@ -4,26 +4,27 @@ import copy
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
+from operator import index
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from mechsteer.activations import Activations
+from mechsteer.activations import Activations, ModelId
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.prompts import ROLES, Prompts
 from mechsteer.run import Run
 from mechsteer.site import Site, SiteLike
 
-# Which tokens: one token of each prompt by name, all real ones, a span of `ROLES`, or an absolute position.
-Where = str | int
-Tokens = int | str | Sequence[int | str] | Tensor
+Tokens = int | str | Collection[int | str] | Tensor
+"""An id or a one-token string, a set of these for all prompts, or a tensor with one id for each prompt."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,14 +122,14 @@ class Sum(Objective):
             for weight, term in self.terms
             for inner, part in (term.terms if isinstance(term, Sum) else ((1.0, term),))
         )
-        held = {part.name: part.n_examples for _, part in flat if part.n_examples is not None}
-        if len(set(held.values())) > 1:
-            counts = ", ".join(f"{name} for {count}" for name, count in held.items())
+        held = {part.n_examples: part.name for _, part in flat if part.n_examples is not None}
+        if len(held) > 1:
+            counts = ", ".join(f"{name} for {count}" for count, name in held.items())
             raise MechsteerError(
                 f"A sum of objectives holds values for different numbers of prompts: {counts}. "
                 "Make them from the same prompts."
             )
-        _assign(self, terms=flat, n_examples=next(iter(held.values()), None))
+        _assign(self, terms=flat, n_examples=next(iter(held), None))
 
     def reads(self, prompts: Prompts) -> Bool[Tensor, "batch pos"] | None:
         """The union of what the terms read."""
@@ -185,7 +186,7 @@ class TokenSet:
             given = tuple(dict.fromkeys((tokens,) if isinstance(tokens, int | str) else tokens))
         if not given:
             raise MechsteerError(f"{what} is an empty set of tokens. Pass at least one id or one-token string.")
-        ids = [token if isinstance(token, int) else _single_token(token, tokenizer, what) for token in given]
+        ids = [_single_token(token, tokenizer, what) if isinstance(token, str) else index(token) for token in given]
         if min(ids) < 0:
             raise MechsteerError(f"{what} got the token id {min(ids)}. Ids count from 0.")
         if isinstance(tokens, Tensor):
@@ -197,21 +198,20 @@ class TokenSet:
         """How many prompts it has ids for; None for any number."""
         return len(self.ids) if self.per_example else None
 
-    def gather(self, rows: Float[Tensor, "batch d_vocab"], run: Run) -> Float[Tensor, "batch token"]:
-        """The entries of `rows` at the ids.
+    def of_rows(self, run: Run) -> Int[Tensor, "batch token"]:
+        """The ids of each row of a run.
 
         Raises:
             MechsteerError: an id lies outside the vocabulary, or an example has none.
         """
-        largest = int(self.ids.max())
-        if largest >= rows.shape[-1]:
+        d_vocab, largest = run.rows.shape[-1], int(self.ids.max())
+        if largest >= d_vocab:
             raise MechsteerError(
-                f"Token id {largest} lies outside the vocabulary of the model (d_vocab={rows.shape[-1]}). "
+                f"Token id {largest} lies outside the vocabulary of the model (d_vocab={d_vocab}). "
                 "Make the objective with the model's own tokenizer."
             )
-        if not self.per_example:
-            return rows[:, self.ids[0].to(rows.device)]
-        return rows.gather(1, self.ids.to(rows.device)[_examples(run, len(self.ids))])
+        ids = self.ids.to(run.rows.device)
+        return ids[_examples(run, len(ids))] if self.per_example else ids.expand(len(run.prompts), -1)
 
     def __repr__(self) -> str:
         shown = ", ".join(repr(token) for token in self.texts[:6]) + (", ..." if len(self.texts) > 6 else "")
@@ -251,8 +251,14 @@ def _precise(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
-def _decision_rows(run: Run) -> Float[Tensor, "batch d_vocab"]:
-    return _precise(run.logits_at(_decision(run.prompts)))
+def _by_block(
+    function: Callable[..., Tensor], rows: Float[Tensor, "row d_vocab"], *others: Shaped[Tensor, "row ..."]
+) -> Float[Tensor, " row"]:
+    """`function`, which gives one number a row, of as many rows at a time as fit a processor's cache: several times as
+    fast on a CPU as all at once."""
+    size = max(1, (2**18 if rows.device.type == "cpu" else 2**27) // rows.shape[-1])
+    blocks = zip(*(tensor.split(size) for tensor in (rows, *others)), strict=True)
+    return torch.cat([function(_precise(block), *more) for block, *more in blocks])
 
 
 @dataclass(frozen=True, eq=False, repr=False, init=False)
@@ -303,9 +309,12 @@ class LogitGap(Objective):
         return _decision(prompts)
 
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
-        rows = _decision_rows(run)
+        rows = run.logits_at(_decision(run.prompts))
         reduce = {"max": torch.amax, "mean": torch.mean, "logsumexp": torch.logsumexp}[self.reduce]
-        return reduce(self.positive.gather(rows, run), 1) - reduce(self.negative.gather(rows, run), 1)
+        positive, negative = (
+            _precise(rows.gather(1, tokens.of_rows(run))) for tokens in (self.positive, self.negative)
+        )
+        return reduce(positive, 1) - reduce(negative, 1)
 
     def __repr__(self) -> str:
         return f"LogitGap({self.positive}, {self.negative}, reduce={self.reduce!r})"
@@ -343,7 +352,10 @@ class TokenProb(Objective):
         return _decision(prompts)
 
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
-        log_prob = self.tokens.gather(F.log_softmax(_decision_rows(run), -1), run).logsumexp(1)
+        def log_probability(block: Tensor, ids: Tensor) -> Tensor:
+            return F.log_softmax(block, -1).gather(1, ids).logsumexp(1)
+
+        log_prob = _by_block(log_probability, run.logits_at(_decision(run.prompts)), self.tokens.of_rows(run))
         return log_prob if self.log else log_prob.exp()
 
     def __repr__(self) -> str:
@@ -402,7 +414,7 @@ class TeacherForcedCE(Objective):
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
         mask = self.reads(run.prompts)
         targets = run.prompts.tokens.roll(-1, 1)[mask]
-        nll = F.cross_entropy(_precise(run.logits_at(mask)), targets, reduction="none")
+        nll = _by_block(partial(F.cross_entropy, reduction="none"), run.logits_at(mask), targets)
         span = "other than its first" if self.span == "all" else f"of span {self.span!r}"
         return _token_mean(nll, mask, self._weights(mask), f"to predict {span}")
 
@@ -461,11 +473,15 @@ class KLFromBaseline(Objective):
                 f"{int(example[row])} in the baseline with {int(found[row])} now. "
                 "Make the baseline from prompts of the same lengths, or use where='decision'."
             )
-        current = F.log_softmax(_precise(run.logits_at(mask)), -1)
-        index = (starts[example][:, None] + mask.cumsum(1) - 1)[mask].to(self.log_probs.device)
-        baseline = self.log_probs[index].to(current)
-        first, second = (current, baseline) if self.reverse else (baseline, current)
-        kl = F.kl_div(second, first, reduction="none", log_target=True).sum(-1)
+        kept = (starts[example][:, None] + mask.cumsum(1) - 1)[mask].to(self.log_probs.device)
+
+        def divergence(block: Tensor, kept: Tensor) -> Tensor:
+            current = F.log_softmax(block, -1)
+            baseline = self.log_probs[kept].to(current)
+            first, second = (current, baseline) if self.reverse else (baseline, current)
+            return F.kl_div(second, first, reduction="none", log_target=True).sum(-1)
+
+        kl = _by_block(divergence, run.logits_at(mask), kept)
         return _token_mean(kl, mask, mask.to(kl.dtype), "to compare")
 
     def __repr__(self) -> str:
@@ -486,20 +502,22 @@ class StateMatch(Objective):
     Args:
         target: activations of as many prompts, at the same site of the same model.
         site: where; its position, if it has one, stands for `at`.
-        at: at which tokens: "decision" (the default; the one that predicts the first completion token), "last" (the
-            last real one, completion included), "all", a span's name, or an absolute position.
+        at: at which tokens: "decision" (the default) or "last", the prompt's last one before any completion; "all"; a
+            span's name; or an absolute position.
         measure: "cosine" or "mse".
         align: which of the target's tokens a token is compared with: "start", the one at the same absolute position, or
-            "end", the one as far from the end of the prompt, for prefixes of unlike lengths.
+            "end", the one as far from the prompt's last before any completion, for prefixes of unlike lengths.
 
     Raises:
-        MechsteerError: an option has no such value, or the target lacks the site. When called: another model or width,
-            a prompt without such a token, or one whose counterpart lies outside the target's prompt.
+        MechsteerError: an option has no such value, or the target lacks the site. When called: another model, a prompt
+            without such a token, or one whose counterpart lies outside the target's prompt.
     """
 
-    target: Activations
+    states: Float[Tensor, "example pos feature"]
+    prompts: Prompts
+    model: ModelId
     site: Site
-    at: Where
+    at: int | str
     measure: str
     align: str
 
@@ -508,27 +526,24 @@ class StateMatch(Objective):
         target: Activations,
         site: SiteLike,
         *,
-        at: Where | None = None,
+        at: int | str | None = None,
         measure: str = "cosine",
         align: str = "start",
     ) -> None:
         _one_of("StateMatch(measure=)", measure, ("cosine", "mse"))
         _one_of("StateMatch(align=)", align, ("start", "end"))
         place, at = _place(site, at, "StateMatch")
-        if place.point not in target:
-            raise MechsteerError(
-                f"StateMatch got a target without {place.point!r}. Record it: record=[{place.point!r}]."
-            )
-        values = {"target": target, "site": place, "at": at, "measure": measure, "align": align}
-        _assign(self, **values, n_examples=len(target.prompts))
+        _assign(self, site=place, at=at, measure=measure, align=align)
+        _assign(self, states=target[place].detach().flatten(2), prompts=target.prompts, model=target.model)
+        _assign(self, n_examples=len(target.prompts))
 
     def sites(self) -> tuple[Site, ...]:
         """The hook point that is compared."""
         return (self.site.point,)
 
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
-        _check_model(self, self.target.model, run)
-        prompts, then = run.prompts, self.target.prompts
+        _check_model(self, self.model, run)
+        prompts, then = run.prompts, self.prompts
         example = _examples(run, self.n_examples)
         mask = _tokens_at(prompts, self.at)
         position = prompts.positions
@@ -543,15 +558,9 @@ class StateMatch(Objective):
                 f"{int(position[row, column])} of its target, which has {int(lengths[row])} tokens. "
                 "Pass align='end' for prefixes of unlike lengths, or other tokens with at=."
             )
-        current = _precise(_features(run.activations[self.site.point], self.site)[mask])
-        wanted = _features(self.target[self.site.point], self.site).detach()
-        if wanted.shape[-1] != current.shape[-1]:
-            raise MechsteerError(
-                f"StateMatch has a target of width {wanted.shape[-1]} but {self.site!r} has {current.shape[-1]}. "
-                "Record the target from the same model."
-            )
-        rows = example[:, None].expand_as(mask)[mask].to(wanted.device)
-        wanted = wanted[rows, (position + starts[:, None])[mask].to(wanted.device)].to(current)
+        current = _precise(run.activations[self.site].flatten(2)[mask])
+        rows, columns = example[:, None].expand_as(mask)[mask], (position + starts[:, None])[mask]
+        wanted = self.states[rows.to(self.states.device), columns.to(self.states.device)].to(current)
         if self.measure == "cosine":
             likeness = F.cosine_similarity(current, wanted, dim=-1)
         else:
@@ -568,7 +577,7 @@ class Projection(Objective):
     """How far the activations reach along a direction: mean_t <x_t, v / |v|>, in the activations' own units.
 
     Args:
-        direction: one vector; read at its site.
+        direction: one vector, of which only where it points counts; read at its site.
         at: at which tokens; as for `StateMatch`.
 
     Raises:
@@ -578,14 +587,11 @@ class Projection(Objective):
 
     direction: Direction
     site: Site
-    at: Where
+    at: int | str
 
-    def __init__(self, direction: Direction, *, at: Where | None = None) -> None:
-        vectors = direction.vectors
-        if len(vectors) != 1 or not bool(vectors.any()):
-            raise MechsteerError(f"Projection got {len(vectors)} vectors. Pass a Direction of one that is not 0.")
+    def __init__(self, direction: Direction, *, at: int | str | None = None) -> None:
         site, at = _place(direction.site, at, "Projection")
-        _assign(self, direction=direction, site=site, at=at)
+        _assign(self, direction=direction.unit, site=site, at=at)
 
     def sites(self) -> tuple[Site, ...]:
         """The direction's hook point."""
@@ -594,8 +600,8 @@ class Projection(Objective):
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
         _check_model(self, self.direction.model, run)
         mask = _tokens_at(run.prompts, self.at)
-        values = _precise(_features(run.activations[self.site.point], self.site)[mask])
-        vector = F.normalize(self.direction.vectors.detach()[0].to(values), dim=0)
+        values = _precise(run.activations[self.site].flatten(2)[mask])
+        vector = self.direction.vector.detach().to(values)
         if len(vector) != values.shape[-1]:
             raise MechsteerError(
                 f"Projection has a direction of width {len(vector)} but {self.site!r} has {values.shape[-1]}. "
@@ -612,7 +618,7 @@ def _one_of(option: str, value: object, allowed: Sequence[str]) -> None:
         raise MechsteerError(f"{option} got {value!r}. Pass one of {', '.join(map(repr, allowed))}.")
 
 
-def _place(site: SiteLike, at: Where | None, what: str) -> tuple[Site, Where]:
+def _place(site: SiteLike, at: int | str | None, what: str) -> tuple[Site, int | str]:
     """The site without its position, and where to read it."""
     place = Site.of(site)
     if place.axes[1] != "pos":
@@ -628,11 +634,12 @@ def _place(site: SiteLike, at: Where | None, what: str) -> tuple[Site, Where]:
     return place.at(pos=None), at
 
 
-def _tokens_at(prompts: Prompts, at: Where) -> Bool[Tensor, "batch pos"]:
+def _tokens_at(prompts: Prompts, at: int | str) -> Bool[Tensor, "batch pos"]:
     if isinstance(at, int):
         return prompts.at(at)
-    named = {"decision": _decision, "last": lambda p: p.at(p.lengths - 1), "all": lambda p: p.mask}
-    return named[at](prompts) if at in named else prompts.span(at)
+    if at in ("decision", "last"):
+        return _decision(prompts)
+    return prompts.mask if at == "all" else prompts.span(at)
 
 
 def _predicting(prompts: Prompts, span: str) -> Bool[Tensor, "batch pos"]:
@@ -641,15 +648,12 @@ def _predicting(prompts: Prompts, span: str) -> Bool[Tensor, "batch pos"]:
     return F.pad(targets[:, 1:] & prompts.mask[:, :-1], (0, 1))
 
 
-def _features(values: Tensor, site: Site) -> Float[Tensor, "batch pos feature"]:
-    return values.flatten(2) if site.head is None else values[:, :, site.head]
-
-
-def _check_model(objective: StateMatch | Projection, made_with: Any, run: Run) -> None:
+def _check_model(objective: Objective, made_with: ModelId | None, run: Run) -> None:
     if made_with is not None and made_with.hash != run.activations.model.hash:
+        here = run.activations.model
         raise MechsteerError(
-            f"{type(objective).__name__} was made with {made_with.name} ({made_with.hash[:8]}) but the run is of "
-            f"{run.activations.model.name} ({run.activations.model.hash[:8]}). Make both with the same weights."
+            f"{type(objective).__name__} was made with {made_with.name} (weights {made_with.hash[:12]}), and the run "
+            f"is of {here.name} (weights {here.hash[:12]}). Make it again from the model that you run."
         )
 
 

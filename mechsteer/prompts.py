@@ -85,10 +85,9 @@ class Prompts:
             MechsteerError: a text holds a special token or is empty, or an argument does not fit the others.
         """
         tokenizer = rendering.tokenizer_of(tokenizer, "Prompts.from_strings")
-        _check_slots(slots, prefix)
         texts = [texts] if isinstance(texts, str) else texts
         marked = rendering.mark_strings(texts, tokenizer, prefix=prefix or "", slots=slots, prepend_bos=prepend_bos)
-        rows = rendering.encode(marked, tokenizer, prepend_bos=prepend_bos, slots=slots) if marked else []
+        rows = rendering.encode(marked, tokenizer, prepend_bos=prepend_bos, slots=slots)
         return Prompts._of_rows(rows, tokenizer, completions, padding, labels)
 
     @staticmethod
@@ -114,18 +113,15 @@ class Prompts:
             prefix: goes in front of the last message.
             separator: stands between a prefix (or slots) and the request.
             completions: what the assistant says, as `with_completions` takes them.
-            slots: how many tokens to reserve where the prefix would be. The text is tokenised apart from them.
-            padding: the side of the padding.
-            labels: one name per prompt, or none.
+            slots, padding, labels: as in `from_strings`.
 
         Raises:
             MechsteerError: a text holds a special token, the template refuses a chat or rewrites its text, or an
                 argument does not fit the others.
         """
         tokenizer = rendering.tokenizer_of(tokenizer, "Prompts.from_chats")
-        _check_slots(slots, prefix)
         marked = rendering.mark_chats(chats, tokenizer, prefix=prefix, separator=separator, slots=slots)
-        rows = rendering.encode(marked, tokenizer, what="chat", prepend_bos=True, slots=slots) if marked else []
+        rows = rendering.encode(marked, tokenizer, what="chat", prepend_bos=True, slots=slots)
         return Prompts._of_rows(rows, tokenizer, completions, padding, labels)
 
     @staticmethod
@@ -146,9 +142,7 @@ class Prompts:
             mask: True (or 1) for real tokens of a tensor; None means all of them.
             tokenizer: to show the prompts as text and to check the ids; or a Model.
             pad_id: fills up shorter lists; None takes the tokenizer's pad id, or 0.
-            completions: as `with_completions` takes them.
-            padding: the side of the padding.
-            labels: one name per prompt, or none.
+            completions, padding, labels: as in `from_strings`.
 
         Raises:
             MechsteerError: an id is none of the tokenizer's, a prompt is empty, or the mask has holes.
@@ -164,19 +158,20 @@ class Prompts:
         leading = (real.cumsum(1) == 1) & real & (tokens == (-1 if bos is None else bos))
         roles = torch.where(leading, SCAFFOLD, USER)
         prompts = Prompts(tokens, real, roles, torch.zeros_like(real), tuple(labels), tokenizer)
-        return (prompts if completions is None else prompts.with_completions(completions)).padded(padding)
+        return prompts._completed(completions, padding)
 
     @staticmethod
     def _of_rows(
         rows: Sequence[Row], tokenizer: Any, completions: Completions | None, padding: str, labels: Sequence[str]
     ) -> "Prompts":
         prompts = Prompts.from_ids([row.ids for row in rows], tokenizer=tokenizer, labels=labels)
-        roles, slots = torch.full_like(prompts.tokens, SCAFFOLD), torch.zeros_like(prompts.mask)
         # Rows are padded on the right still, so that the mask's True come in the rows' order.
-        roles[prompts.mask] = torch.tensor([role for row in rows for role in row.roles])
-        slots[prompts.mask] = torch.tensor([slot for row in rows for slot in row.slots])
-        prompts = replace(prompts, roles=roles, slots=slots)
-        return (prompts if completions is None else prompts.with_completions(completions)).padded(padding)
+        roles = prompts.roles.masked_scatter(prompts.mask, torch.tensor([role for row in rows for role in row.roles]))
+        slots = prompts.slots.masked_scatter(prompts.mask, torch.tensor([slot for row in rows for slot in row.slots]))
+        return replace(prompts, roles=roles, slots=slots)._completed(completions, padding)
+
+    def _completed(self, completions: Completions | None, padding: str) -> "Prompts":
+        return (self if completions is None else self.with_completions(completions)).padded(padding)
 
     @staticmethod
     def concat(parts: Sequence["Prompts"]) -> "Prompts":
@@ -194,19 +189,15 @@ class Prompts:
         first, width = parts[0], max(part.mask.shape[1] for part in parts)
         parts = [part.padded("right").to(first.mask.device) for part in parts]
 
-        def stack(name: str, value: int) -> Tensor:
+        def stack(name: str, fill: int = 0) -> Tensor:
             tensors = [getattr(part, name) for part in parts]
-            return torch.cat([pad(tensor, (0, width - tensor.shape[1]), value=value) for tensor in tensors])
+            return torch.cat([pad(tensor, (0, width - tensor.shape[1]), value=fill) for tensor in tensors])
 
-        tensors = (
-            stack("tokens", rendering.pad_id(tokenizer)),
-            stack("mask", 0),
-            stack("roles", SCAFFOLD),
-            stack("slots", 0),
-        )
+        tokens = stack("tokens", rendering.pad_id(tokenizer))
         named = any(part.labels for part in parts)
         labels = [label for part in parts for label in part.labels or ("",) * len(part)] if named else ()
-        return Prompts(*tensors, tuple(labels), tokenizer).padded(first.padding_side)
+        joined = Prompts(tokens, stack("mask"), stack("roles"), stack("slots"), tuple(labels), tokenizer)
+        return joined.padded(first.padding_side)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -276,10 +267,10 @@ class Prompts:
         outside = (found < 0) | (found >= self.lengths)
         if bool(outside.any()):
             row = int(outside.int().argmax())
-            before = f" ({int(self.decision[row]) + 1} before its completion)" if asked[row] < 0 else ""
             raise MechsteerError(
-                f"position {int(asked[row])} is outside prompt {row}, which has {int(self.lengths[row])} tokens{before}. "
-                "Positions count from 0 at the first real token, or back from -1 at the last one before the completion."
+                f"position {int(asked[row])} is outside prompt {row}, which has {int(self.lengths[row])} tokens, "
+                f"{int(self.decision[row]) + 1} of them before its completion. Positions count from 0 at the first "
+                "token, or back from -1 at the last one before the completion."
             )
         return self.mask & (self.positions == found[:, None])
 
@@ -305,15 +296,13 @@ class Prompts:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> "Prompts":
         """Some of the prompts, in the layout of all; `.padded` then cuts what became needless padding."""
-        rows = torch.arange(len(self))
         if isinstance(index, int):
-            rows = rows[[index]]
-        else:
-            rows = rows[
-                index.cpu() if isinstance(index, Tensor) else index if isinstance(index, slice) else list(index)
-            ]
+            index = [index]
+        elif isinstance(index, Tensor):
+            index = index.cpu()
+        rows = torch.arange(len(self))[index]
         labels = tuple(self.labels[row] for row in rows.tolist()) if self.labels else ()
-        return replace(self._each(lambda tensor: tensor[rows.to(tensor.device)]), labels=labels)
+        return self._each(lambda tensor: tensor[rows.to(tensor.device)], labels=labels)
 
     def with_prefix(self, ids: Sequence[int] | Ids | Int[Tensor, " _"]) -> "Prompts":
         """These prompts with ids in their slots.
@@ -324,18 +313,18 @@ class Prompts:
         Raises:
             MechsteerError: the prompts have no slots or another number of them, or an id is none of the tokenizer's.
         """
-        slots, each = self.n_slots, ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        slots = self.n_slots
         if slots == 0:
             raise MechsteerError("with_prefix needs prompts with slots. Make them with slots= the number of ids.")
-        if not any(isinstance(row, Sequence | Tensor) for row in each):
+        each: Any = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        if not any(hasattr(row, "__len__") for row in each):
             each = [each] * len(self)
         prefix, real = rendering.block(each, None, self.tokenizer, 0, "prefix")
         lengths = real.sum(1).unique().tolist()
         if len(prefix) != len(self) or lengths != [slots]:
             raise MechsteerError(
-                f"with_prefix got {' or '.join(map(str, lengths))} ids for each of {len(prefix)} prompts, but there are "
-                f"{len(self)} prompts with {slots} slots each. "
-                f"Pass {slots} ids for all of them, or {slots} for each."
+                f"with_prefix got {' or '.join(map(str, lengths))} ids for each of {len(prefix)} prompts, where "
+                f"{len(self)} prompts have {slots} slots each. Pass {slots} ids for all of them, or {slots} for each."
             )
         tokens = self.tokens.masked_scatter(self.slots & self.mask, prefix.to(self.tokens))
         return replace(self, tokens=tokens, slots=torch.zeros_like(self.slots))
@@ -353,19 +342,16 @@ class Prompts:
                 none of the tokenizer's.
         """
         if len(completions) != len(self) or isinstance(completions, str):
-            got = "one string" if isinstance(completions, str) else len(completions)
+            got = "one string" if isinstance(completions, str) else f"{len(completions)} completions"
             raise MechsteerError(
-                f"with_completions got {got} for {len(self)} prompts. Pass a list with one per prompt."
+                f"with_completions got {got} for {len(self)} prompts. Pass a list with one completion for each prompt."
             )
+        ids: Any = completions
         if isinstance(completions[0], str):
             tokenizer = rendering.tokenizer_of(self.tokenizer, "with_completions")
-            marked = [rendering.Marked(text, [rendering.Span(0, len(text), COMPLETION)]) for text in completions]
-            completions = [row.ids for row in rendering.encode(marked, tokenizer, what="completion")]
-        prompts, side = self.without_completions(), self.padding_side
-        device = prompts.mask.device
-        tokens, real = rendering.block(
-            completions, mask, self.tokenizer, rendering.pad_id(self.tokenizer), "completion"
-        )
+            ids = [row.ids for row in rendering.encode(rendering.mark_completions(ids), tokenizer, what="completion")]
+        prompts, side, device = self.without_completions(), self.padding_side, self.mask.device
+        tokens, real = rendering.block(ids, mask, self.tokenizer, rendering.pad_id(self.tokenizer), "completion")
         return replace(
             prompts,
             tokens=torch.cat([prompts.tokens, tokens.to(device)], 1),
@@ -416,7 +402,7 @@ class Prompts:
         Raises:
             MechsteerError: there is no tokenizer.
         """
-        return [self._decode(row[keep]) for row, keep in zip(self.tokens, self.mask, strict=True)]
+        return [rendering.decode(row[keep], self.tokenizer) for row, keep in zip(self.tokens, self.mask, strict=True)]
 
     @property
     def completions(self) -> list[str]:
@@ -426,7 +412,7 @@ class Prompts:
             MechsteerError: there is no tokenizer.
         """
         spans = zip(self.tokens, self.span("completion"), strict=True)
-        return [self._decode(row[keep], skip_special_tokens=True) for row, keep in spans]
+        return [rendering.decode(row[keep], self.tokenizer, special=False) for row, keep in spans]
 
     def str_tokens(self, index: int) -> list[str]:
         """The text of each real token of one prompt.
@@ -434,51 +420,37 @@ class Prompts:
         Raises:
             MechsteerError: there is no tokenizer.
         """
-        ids = self.tokens[index][self.mask[index]]
-        texts = [self._decode(ids[at : at + 1]) for at in range(len(ids))]
-        # Tokenizers that mark spaces with "▁" take a token by itself for the start of a text, and drop its space.
-        names = self.tokenizer.convert_ids_to_tokens(ids.tolist())
-        dropped = [name.startswith("▁") and not text.startswith(" ") for name, text in zip(names, texts, strict=True)]
-        return [" " * drop + text for drop, text in zip(dropped, texts, strict=True)]
+        return rendering.str_tokens(self.tokens[index][self.mask[index]], self.tokenizer)
 
     def __repr__(self) -> str:
-        slots = f", {int(self.slots.sum(1).max())} slots" if bool(self.slots.any()) else ""
+        spans = ", ".join(role for role in ROLES if bool(self.span(role).any()))
+        slots = " with slots" if bool(self.slots.any()) else ""
         longest = int(self.lengths.max())
-        return f"Prompts({len(self)} of at most {longest} tokens: {', '.join(self._spans())}{slots}; {self.padding_side} padding)"
+        return f"Prompts({len(self)} of at most {longest} tokens: {spans}{slots}; {self.padding_side} padding)"
 
     def _repr_html_(self) -> str:
-        rows = [
-            rendering.tokens_html(
-                self._shown(row), self.roles[row][keep].tolist(), self.slots[row][keep].tolist(),
+        rows = enumerate(self.mask[:_SHOWN])
+        lines = [
+            rendering.Line(
                 label=self.labels[row] if self.labels else str(row),
+                tokens=self._shown(row),
+                roles=self.roles[row][keep].tolist(),
+                slots=self.slots[row][keep].tolist(),
             )
-            for row, keep in enumerate(self.mask[:_SHOWN])
-        ]  # fmt: skip
-        more = f"<div>and {len(self) - _SHOWN} more</div>" if len(self) > _SHOWN else ""
-        return f"<div>{rendering.legend_html(self._spans())}{''.join(rows)}{more}</div>"
-
-    def _spans(self) -> list[str]:
-        return [role for role in ROLES if bool(self.span(role).any())]
+            for row, keep in rows
+        ]
+        return rendering.to_html(lines, more=len(self) - len(lines))
 
     def _shown(self, index: int) -> list[str]:
         """The tokens of one prompt as text if there is a tokenizer, else as ids."""
-        if self.tokenizer is None:
-            return [str(token) for token in self.tokens[index][self.mask[index]].tolist()]
-        return self.str_tokens(index)
+        if self.tokenizer is not None:
+            return self.str_tokens(index)
+        return [str(token) for token in self.tokens[index][self.mask[index]].tolist()]
 
-    def _decode(self, ids: Int[Tensor, " _"], *, skip_special_tokens: bool = False) -> str:
-        if self.tokenizer is None:
-            raise MechsteerError(
-                "these prompts have no tokenizer, so their ids have no text. Pass tokenizer= when making them."
-            )
-        return self.tokenizer.decode(
-            ids.tolist(), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Prompts":
+    def _each(self, change: Callable[[Tensor], Tensor], **more: Any) -> "Prompts":
         """These prompts with the same change made to all four tensors."""
         names = ("tokens", "mask", "roles", "slots")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        return replace(self, **{name: change(getattr(self, name)) for name in names}, **more)
 
 
 class Pair(NamedTuple):
@@ -499,11 +471,3 @@ def _misaligned(clean: Prompts, corrupt: Prompts, row: int, at: int) -> str:
         f"pair {row} does not align: clean has {around(clean)}; corrupt has {around(corrupt)}. "
         "Choose words with equal numbers of tokens, or leave the pair out."
     )
-
-
-def _check_slots(slots: int, prefix: str | None) -> None:
-    if slots < 0 or (slots and prefix):
-        raise MechsteerError(
-            f"slots={slots} with prefix={prefix!r}: slots are a number of tokens reserved in place of a prefix. "
-            "Pass slots=, or prefix=, or neither."
-        )

@@ -20,8 +20,6 @@ _COLOURS = ("rgba(128,128,128,.18)", "rgba(230,140,0,.35)", "rgba(40,120,230,.25
 
 # A user's request, or messages such as {"role": "user", "content": "Hello"}.
 Chat = str | Sequence[Mapping[str, Any]]
-
-
 Ids = Sequence[Sequence[int]] | Int[Tensor, "_ _"]
 Mask = Bool[Tensor, "_ _"] | Int[Tensor, "_ _"]
 
@@ -50,6 +48,15 @@ class Row(NamedTuple):
     slots: list[bool]
 
 
+class Line(NamedTuple):
+    """One prompt as it is shown: the text, role and slot of each token."""
+
+    label: str
+    tokens: list[str]
+    roles: list[int]
+    slots: list[bool]
+
+
 def tokenizer_of(source: Any, caller: str) -> Any:
     """The fast tokenizer that `source`, a tokenizer or a Model, is or has.
 
@@ -69,7 +76,7 @@ def tokenizer_of(source: Any, caller: str) -> Any:
 
 def mark_strings(texts: Sequence[str], tokenizer: Any, *, prefix: str, slots: int, prepend_bos: bool) -> list[Marked]:
     """Plain texts, each behind the prefix or the hole, which stand behind a BOS that the text starts with."""
-    hole = _hole_text(tokenizer) if slots else ""
+    hole = _hole_text(tokenizer, prefix, slots)
     bos = tokenizer.bos_token or ""
     marked = []
     for text in texts:
@@ -81,6 +88,11 @@ def mark_strings(texts: Sequence[str], tokenizer: Any, *, prefix: str, slots: in
             spans.insert(0, Span(first, second, PREFIX))
         marked.append(Marked(lead + (prefix or hole) + text, spans, Span(first, second, PREFIX) if hole else None))
     return marked
+
+
+def mark_completions(texts: Sequence[str]) -> list[Marked]:
+    """Texts that are completions from end to end."""
+    return [Marked(text, [Span(0, len(text), COMPLETION)]) for text in texts]
 
 
 def mark_chats(
@@ -97,7 +109,7 @@ def mark_chats(
             f"{type(tokenizer).__name__} has no chat template, so Prompts.from_chats cannot lay out a chat. "
             "Use a chat model's tokenizer, or Prompts.from_strings for plain text."
         )
-    hole = _hole_text(tokenizer) if slots else ""
+    hole = _hole_text(tokenizer, prefix, slots)
     before = (prefix or hole) + separator if prefix or slots else ""
     single = isinstance(chats, str) or (len(chats) > 0 and isinstance(chats[0], Mapping))
     messages = [_messages(chat, i) for i, chat in enumerate([chats] if single else chats)]  # type: ignore[arg-type]
@@ -145,6 +157,8 @@ def encode(
     Raises:
         MechsteerError: what somebody wrote holds a special token.
     """
+    if not marked:
+        return []
     encoded = _tokenize([each.text for each in marked], tokenizer)
     control = _control_tokens(tokenizer)
     rows = []
@@ -153,7 +167,7 @@ def encode(
         for span in each.spans:
             owners[span.start : span.end] = [span] * (span.end - span.start)
         row, seen = Row([], [], []), False
-        bos = prepend_bos and tokenizer.bos_token_id is not None
+        bos = tokenizer.bos_token_id if prepend_bos else None
         for token, (start, end) in zip(ids, offsets, strict=True):
             if each.hole and (start, end) == each.hole[:2]:
                 row.ids.extend([pad_id(tokenizer)] * slots)
@@ -173,13 +187,13 @@ def encode(
                     "token. Take it out of the text, or pass ids if it is meant."
                 )
             seen = seen or owner is not None
-            bos = bos and (seen or token != tokenizer.bos_token_id)
+            bos = None if token == bos and not seen else bos
             row.ids.append(token)
             row.roles.append(owner.role if owner else SCAFFOLD)
             row.slots.append(False)
-        rows.append(
-            Row([tokenizer.bos_token_id, *row.ids], [SCAFFOLD, *row.roles], [False, *row.slots]) if bos else row
-        )
+        if bos is not None:
+            row = Row([bos, *row.ids], [SCAFFOLD, *row.roles], [False, *row.slots])
+        rows.append(row)
     return rows
 
 
@@ -210,8 +224,15 @@ def _control_tokens(tokenizer: Any) -> dict[int, str]:
     }
 
 
-def _hole_text(tokenizer: Any) -> str:
+def _hole_text(tokenizer: Any, prefix: str, slots: int) -> str:
     """A special token that stands for the slots while the text around them is tokenised: text never joins across it."""
+    if slots < 0 or (slots and prefix):
+        raise MechsteerError(
+            f"slots={slots} with prefix={prefix!r}: slots are a number of tokens reserved in place of a prefix. "
+            "Pass slots=, or prefix=, or neither."
+        )
+    if slots == 0:
+        return ""
     names = [tokenizer.pad_token, *(token.content for token in tokenizer.added_tokens_decoder.values())]
     plain = {
         token.content
@@ -240,7 +261,8 @@ def _messages(chat: Chat, index: int) -> list[dict[str, str]]:
     if not messages or messages[-1]["role"] != "user":
         last = f"ends with a message of the {messages[-1]['role']}" if messages else "has no messages"
         raise MechsteerError(
-            f"chat {index} {last}, but the last message must be the user's. Pass what the assistant says as completions=."
+            f"chat {index} {last}, but the last message must be the user's. "
+            "Pass what the assistant says as completions=."
         )
     return messages
 
@@ -318,7 +340,8 @@ def block(
         raise MechsteerError(
             f"the mask of {what} {int(runs.argmax())} has a hole. Mark one unbroken run of tokens in each row."
         )
-    n_ids = len(tokenizer) if tokenizer is not None else None
+    # Added tokens may stand above a gap.
+    n_ids = tokenizer and max(len(tokenizer), 1 + max(tokenizer.added_tokens_decoder, default=-1))
     wrong = real & ((tokens < 0) | (tokens >= (n_ids or torch.iinfo(torch.int64).max)))
     if bool(wrong.any()):
         row = int(wrong.any(1).int().argmax())
@@ -329,19 +352,47 @@ def block(
     return tokens, real
 
 
-def tokens_html(tokens: Sequence[str], roles: Sequence[int], slots: Sequence[bool], *, label: str) -> str:
-    """One line of tokens coloured by role, each with its position and role as a tooltip. All text is escaped."""
-    line = "".join(
-        f'<span title="position {at}, {ROLES[role]}{", slot" * slot}" style="background:{_COLOURS[role]};'
-        f'{"outline:1px dashed;" * slot}border-radius:2px;margin-right:1px">{_harmless(token)}</span>'
-        for at, (token, role, slot) in enumerate(zip(tokens, roles, slots, strict=True))
-    )
-    return f'<div style="font-family:monospace;white-space:pre-wrap"><b>{_harmless(label)}</b> {line}</div>'
+def decode(ids: Int[Tensor, " _"], tokenizer: Any, *, special: bool = True) -> str:
+    """The text of ids, with or without special tokens.
+
+    Raises:
+        MechsteerError: there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise MechsteerError("prompts of ids without a tokenizer have no text. Pass tokenizer= when making them.")
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
 
-def legend_html(names: Sequence[str]) -> str:
-    """Names of roles on their colours."""
-    return " ".join(f'<span style="background:{_COLOURS[ROLES.index(name)]}">{name}</span>' for name in names)
+def str_tokens(ids: Int[Tensor, " _"], tokenizer: Any) -> list[str]:
+    """The text of each id."""
+    texts = [decode(ids[at : at + 1], tokenizer) for at in range(len(ids))]
+    # Tokenizers that mark spaces with "▁" take a token by itself for the start of a text, and drop its space.
+    names = tokenizer.convert_ids_to_tokens(ids.tolist())
+    dropped = [name.startswith("▁") and not text.startswith(" ") for name, text in zip(names, texts, strict=True)]
+    return [" " * drop + text for drop, text in zip(dropped, texts, strict=True)]
+
+
+def to_html(lines: Sequence[Line], *, more: int) -> str:
+    """Tokens on the colours of their roles, with position and role as a tooltip. All text is escaped.
+
+    Args:
+        lines: the prompts to show.
+        more: how many prompts are not shown.
+    """
+    present = sorted({role for line in lines for role in line.roles})
+    legend = " ".join(f'<span style="background:{_COLOURS[role]}">{ROLES[role]}</span>' for role in present)
+    rows = [
+        f"<div><b>{_harmless(line.label)}</b> "
+        + "".join(
+            f'<span title="position {at}, {ROLES[role]}{", slot" * slot}" style="background:{_COLOURS[role]};'
+            f'{"outline:1px dashed;" * slot}margin-right:1px">{_harmless(token)}</span>'
+            for at, (token, role, slot) in enumerate(zip(line.tokens, line.roles, line.slots, strict=True))
+        )
+        + "</div>"
+        for line in lines
+    ]
+    rest = f"<div>and {more} more</div>" if more else ""
+    return f'<div style="font-family:monospace;white-space:pre-wrap">{legend}{"".join(rows)}{rest}</div>'
 
 
 def _harmless(text: str) -> str:

@@ -71,8 +71,8 @@ class Pack:
 
     Attributes:
         n_examples, n_cells: items are their product.
-        example: index into the prompts of each group of `n_cells` items.
         start: first recomputed position of each item.
+        group_of_row: which example, in the order given, each row belongs to.
         all: layout of all rows.
         last: layout of the rows that the last layer is asked for.
     """
@@ -80,30 +80,29 @@ class Pack:
     def __init__(
         self,
         rows_of: Callable[[Tensor, Tensor, Tensor], Rows],
-        example: Int[Tensor, " group"],
         start: Int[Tensor, "group cell"],
         stop: Int[Tensor, "group cell"],
         read: Bool[Tensor, "group cell pos"] | None,
     ) -> None:
         """
         Args:
-            rows_of: makes Rows from (example, position, cell) of each row.
-            example: prompts of the groups.
+            rows_of: makes Rows from (which example, position, cell) of each row.
             start: first position to compute.
             stop: one after the last.
             read: positions that the last layer must give; None for all.
         """
-        self.example, self.start = example, start
+        self.start = start
         self.n_examples, self.n_cells = start.shape
         n_items = start.numel()
-        width = int((stop - start).max())
+        width = max(0, int((stop - start).max()))
         offset = torch.arange(width, device=start.device)
         position = start.reshape(-1, 1) + offset
         inside = position < stop.reshape(-1, 1)
         item, slot = inside.nonzero(as_tuple=True)
         position = position[item, slot]
         group, cell = item // self.n_cells, item % self.n_cells
-        self.all = Layout(rows_of(example[group], position, cell), item, slot, n_items, width)
+        self.group_of_row = group
+        self.all = Layout(rows_of(group, position, cell), item, slot, n_items, width)
         self.last, self.last_index = self.all, None
         if read is not None:
             keep = read.reshape(n_items, -1)[item, position].nonzero().squeeze(1)
@@ -227,10 +226,8 @@ class Decoder:
             self.layers = [self._layer(block, rotaries) for block in hooked.blocks]
             self.ln_final = _norm(hooked.ln_final)
             self.unembed = _linear(hooked.unembed.W_U, hooked.unembed.b_U)
-        self.flops_per_row = sum(
-            2 * (layer.qkv.w.numel() + layer.out.w.numel() + layer.mlp_in.w.numel() + layer.mlp_out.w.numel())
-            for layer in self.layers
-        ) // max(1, self.n_layers)
+        self.d_vocab = self.unembed.w.shape[1]
+        self.unembed_flops = 2 * self.unembed.w.numel()
 
     @staticmethod
     def of(hooked: Any) -> "Decoder | None":
@@ -285,13 +282,14 @@ class Decoder:
 
     # ---- the forward pass ----
 
-    def embed(self, tokens: Int[Tensor, " row"], rows: Rows, edits: Edits, capture: Capture) -> Float[Tensor, "row d_model"]:
+    def embed(
+        self, tokens: Int[Tensor, " row"], layout: Layout, edits: Edits, capture: Capture
+    ) -> Float[Tensor, "row d_model"]:
         """The residual stream that enters layer 0."""
-        layout = capture_layout(rows)
         x = _tap("embed", -1, self.W_E[tokens], layout, edits, capture)
         if self.W_pos is None:
             return x
-        return x + _tap("pos_embed", -1, self.W_pos[rows.position], layout, edits, capture)
+        return x + _tap("pos_embed", -1, self.W_pos[layout.rows.position], layout, edits, capture)
 
     def logits(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
         """Final norm and unembedding of rows."""
@@ -302,7 +300,7 @@ class Decoder:
         """Logits of whole prompts without padding."""
         batch, n_pos = tokens.shape
         pack = whole_pack(Prompts.from_ids(tokens))
-        x = self.embed(tokens.flatten(), pack.all.rows, {}, Capture())
+        x = self.embed(tokens.flatten(), pack.all, {}, Capture())
         x = self.blocks(x, pack, first=0, stop=self.n_layers, own=Cache.empty(self, batch, n_pos))
         return self.logits(x).view(batch, n_pos, -1)
 
@@ -357,6 +355,43 @@ class Decoder:
                 keep(index, "resid_mid", mid)
             x = _tap("resid_post", index, mid + self._mlp(layer, index, mid, queries, edits, capture), queries, edits, capture)
         return x
+
+    # ---- what it costs ----
+
+    def _layer_flops(self, index: int, rows: int, queries: int, pairs: float, from_mlp: bool) -> float:
+        """Operations of a layer: `rows` give keys and values, `queries` all else; `pairs` of query and key."""
+        layer = self.layers[index]
+        mlp = 2.0 * queries * (layer.mlp_in.w.numel() + layer.mlp_out.w.numel())
+        if from_mlp:
+            return mlp
+        d_model, kv = layer.qkv.w.shape[0], 2 * self.n_kv_heads * self.d_head
+        project = 2.0 * rows * d_model * kv + 4.0 * queries * d_model * self.n_heads * self.d_head
+        return mlp + project + 4.0 * pairs * self.n_heads * self.d_head
+
+    def flops(self, pack: Pack, *, first: int, from_mlp: bool = False) -> float:
+        """Floating-point operations that `blocks` does, padding of the attention included."""
+        total = 0.0
+        for index in range(first, self.n_layers):
+            queries = pack.last if index == self.n_layers - 1 else pack.all
+            keys = pack.n_past + pack.all.width
+            pairs = float(queries.n_items * queries.width * keys)
+            rows, asked = pack.all.item.shape[0], queries.item.shape[0]
+            total += self._layer_flops(index, rows, asked, pairs, from_mlp and index == first)
+        return total
+
+    def least_flops(self, start: Tensor, stop: Tensor, first: int, from_mlp: bool, read: Tensor) -> float:
+        """The least that items from `start` to `stop - 1` need from layer `first` on, when `read` is unembedded."""
+        n_pos = read.shape[-1]
+        position = torch.arange(n_pos, device=start.device)
+        inside = (position >= start[..., None]) & (position < stop[..., None])
+        fresh = inside & read
+        rows, asked = int(inside.sum()), int(fresh.sum())
+        pairs = [float(((position + 1) * chosen).sum()) for chosen in (inside, fresh)]
+        total = float(asked * self.unembed_flops)
+        for index in range(first, self.n_layers):
+            last = index == self.n_layers - 1
+            total += self._layer_flops(index, rows, asked if last else rows, pairs[last], from_mlp and index == first)
+        return total
 
     def _mlp(self, layer: _Layer, index: int, mid: Tensor, layout: Layout, edits: Edits, capture: Capture) -> Tensor:
         pre = layer.mlp_in(layer.ln2(mid))
@@ -470,7 +505,7 @@ class Decoder:
         own_scores = q6.view(e, n_kv, m, group * width, d) @ k5.mT
         scores = own_scores.view(e, n_kv, m, group, width, own_width)
         if n_past:
-            keys = past.keys[index][pack.example, :, :n_past]
+            keys = past.keys[index][:, :, :n_past]
             past_scores = q6.view(e, n_kv, m * group * width, d) @ keys.mT
             scores = torch.cat([past_scores.view(e, n_kv, m, group, width, n_past), scores], -1)
         mask = pack.mask(queries, layer.window)
@@ -480,7 +515,7 @@ class Decoder:
         z = pattern[..., n_past:].reshape(e, n_kv, m, group * width, own_width) @ v5
         z = z.view(e, n_kv, m * group * width, d)
         if n_past:
-            values = past.values[index][pack.example, :, :n_past]
+            values = past.values[index][:, :, :n_past]
             z = z + pattern[..., :n_past].reshape(e, n_kv, m * group * width, n_past) @ values
         z = z.view(e, n_kv, m, group, width, d).permute(0, 2, 4, 1, 3, 5).reshape(e * m, width, self.n_heads, d)
         return queries.pack(z)
@@ -502,19 +537,14 @@ class Decoder:
         return torch.cat([full[..., : pack.n_past] * before, full.gather(-1, own_source)], -1)
 
 
-def whole_pack(prompts: Prompts, *, start: Tensor | None = None, stop: Tensor | None = None) -> Pack:
+def whole_pack(
+    prompts: Prompts, *, start: Tensor | None = None, stop: Tensor | None = None, read: Tensor | None = None
+) -> Pack:
     """All tokens of right-padded prompts, or those from `start` to `stop - 1` [batch], one item each."""
-    example = torch.arange(len(prompts), device=prompts.tokens.device)
     first = torch.zeros_like(prompts.lengths) if start is None else start
     last = prompts.lengths if stop is None else stop
-    return Pack(lambda e, p, c: Rows(prompts, e, p, c), example, first[:, None], last[:, None], None)
-
-
-def capture_layout(rows: Rows) -> Layout:
-    """The layout of rows that stand for themselves."""
-    n = rows.position.shape[0]
-    index = torch.arange(n, device=rows.position.device)
-    return Layout(rows, index, torch.zeros_like(index), n, 1)
+    wanted = None if read is None else read[:, None]
+    return Pack(lambda e, p, c: Rows(prompts, e, p, c), first[:, None], last[:, None], wanted)
 
 
 def _tap(kind: str, layer: int, x: Tensor, layout: Layout, edits: Edits, capture: Capture) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 from mechsteer.activations import Activations, ModelId
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
+from mechsteer.interventions import Add
 from mechsteer.model import load_model
 from mechsteer.objectives import (
     KLFromBaseline,
@@ -272,8 +274,12 @@ def test_what_cannot_be_summed() -> None:
             _ = weight * gap
     with pytest.raises(MechsteerError, match="weight inf"):
         _ = gap / 0
-    with pytest.raises(MechsteerError, match="numbers of prompts: kl_from_baseline for 4, token_prob for 2"):
+    with pytest.raises(
+        MechsteerError, match=r"numbers of prompts: kl_from_baseline for 4, token_prob for 2\. Make them"
+    ):
         _ = KLFromBaseline(CASE.run()) + TokenProb(torch.tensor([1, 2]))
+    with pytest.raises(MechsteerError, match="numbers of prompts: token_prob for 3, token_prob for 2"):
+        _ = TokenProb(torch.tensor([1, 2, 3])) + TokenProb(torch.tensor([1, 2]))
     for wrong in (lambda: gap + 1, lambda: gap - "x", lambda: gap * gap, lambda: gap / "2", lambda: 1 + gap):
         with pytest.raises(TypeError):
             wrong()
@@ -444,7 +450,7 @@ def test_state_match(measure: str, at: str | int, head: int | None) -> None:
     for ours, theirs, shape in zip(CASE.z, OTHER.z, CASE.shapes, strict=True):
         edges = [0, *(sum(shape[: i + 1]) for i in range(4))]
         wanted = {
-            "decision": [edges[3] - 1], "last": [edges[4] - 1], "all": range(edges[4]),
+            "decision": [edges[3] - 1], "last": [edges[3] - 1], "all": range(edges[4]),
             "completion": range(edges[3], edges[4]), "user": range(edges[2], edges[3]), 1: [1], -2: [edges[3] - 2],
         }[at]  # fmt: skip
         each = []
@@ -536,7 +542,7 @@ def test_strings_stand_for_their_one_token() -> None:
     gap = LogitGap([" cats", "cats", " cats"], [" dogs", "\n"], tokenizer=holder)
     assert (gap.positive.ids.tolist(), gap.negative.ids.tolist()) == ([[1]], [[2, 5]])
     assert repr(gap) == r"LogitGap([' cats', 'cats'], [' dogs', '\n'], reduce='max')"
-    close(gap(CASE.run()), LogitGap(1, [2, 5])(CASE.run()))
+    close(gap(CASE.run()), LogitGap(1, {2, 5})(CASE.run()))
 
 
 @pytest.mark.parametrize(
@@ -604,7 +610,9 @@ def test_baselines_that_are_refused() -> None:
     with pytest.raises(MechsteerError, match=r"no token for KLFromBaseline\(where='completion'\)"):
         KLFromBaseline(make_case(0, shapes=((1, 0, 3, 0),)).run(), where="completion")
     other = make_case(0, shapes=((1, 2, 3, 5), (1, 0, 1, 2)))
-    with pytest.raises(MechsteerError, match=r"compares 1 tokens of prompt 1 in the baseline with 2 now. Make the base"):
+    with pytest.raises(
+        MechsteerError, match=r"compares 1 tokens of prompt 1 in the baseline with 2 now. Make the base"
+    ):
         KLFromBaseline(OTHER.run(), where="completion")(other.run())
 
 
@@ -615,13 +623,15 @@ def test_states_that_are_refused() -> None:
         StateMatch(target(), RESID, align="left")
     with pytest.raises(MechsteerError, match=r"StateMatch\(at=\) got 'answer'. Pass one of 'decision', 'last', 'all'"):
         StateMatch(target(), RESID, at="answer")
-    with pytest.raises(MechsteerError, match=r"without Site\('resid_pre', 0\). Record it"):
+    with pytest.raises(MechsteerError, match="resid_pre"):
         StateMatch(target(), ("resid_pre", 0))
     with pytest.raises(MechsteerError, match=r"Site\('pattern', 0\), which has no features for each token"):
         StateMatch(target(), ("pattern", 0))
     with pytest.raises(MechsteerError, match=r"at=2 and Site\('resid_post', 1, pos=1\) both say where"):
         StateMatch(target(), RESID.at(pos=1), at=2)
-    with pytest.raises(MechsteerError, match=r"made with big \(ffff0000\) but the run is of tiny \(01234567\)"):
+    with pytest.raises(
+        MechsteerError, match=r"made with big \(weights ffff00001111\), and the run is of tiny \(weights 0123456789ab\)"
+    ):
         StateMatch(target(model=ModelId("big", "ffff00001111", False)), RESID)(CASE.run())
     longer = make_case(0, shapes=((1, 2, 6, 5), *SHAPES[1:]))
     with pytest.raises(MechsteerError, match=r"compares prompt 0 with position 11 of its target, which has 11 tokens"):
@@ -630,15 +640,97 @@ def test_states_that_are_refused() -> None:
         StateMatch(target(), RESID, at="all", align="end")(longer.run("left"))
     with pytest.raises(MechsteerError, match=r"1 of 4 prompts \(row 1\) have no token at 'prefix'"):
         StateMatch(target(), RESID, at="prefix")(CASE.run())
-    narrow = Activations({RESID: target()[RESID][..., :4]}, prompts=OTHER.prompts(), model=MODEL)
-    with pytest.raises(MechsteerError, match=r"target of width 4 but Site\('resid_post', 1\) has 6"):
-        StateMatch(narrow, RESID)(CASE.run())
 
 
 def test_projections_that_are_refused() -> None:
-    with pytest.raises(MechsteerError, match=r"Projection got 2 vectors. Pass a Direction of one"):
+    with pytest.raises(MechsteerError, match=r"holds 2 vectors, and one was expected"):
         Projection(direction(torch.eye(2, D_MODEL)))
+    with pytest.raises(MechsteerError, match=r"is zero, so it has no unit vector"):
+        Projection(direction(0 * VECTOR))
     with pytest.raises(MechsteerError, match=r"direction of width 4 but Site\('resid_post', 1\) has 6"):
         Projection(direction(VECTOR[:, :4], model=None))(CASE.run())
     with pytest.raises(MechsteerError, match=r"Projection was made with big"):
         Projection(direction(model=ModelId("big", "ffff00001111", False)))(CASE.run())
+
+
+# On models
+
+
+def hand_reduced(model: Any, texts: list[str]) -> list[Tensor]:
+    """TransformerLens's own logits of each text alone, at its last token."""
+    ids = [model.prompts(text).tokens for text in texts]
+    with torch.no_grad():
+        return [model.hooked(row)[0, -1] for row in ids]
+
+
+TEXTS = [
+    "The cat sat on the mat",
+    "When Mary and John went to the store, John gave a drink to",
+    "A feline purrs; Quick",
+]
+
+
+def test_on_every_architecture(zoo_folder: Path) -> None:
+    model = load_model(zoo_folder, device="cpu")
+    alone = torch.stack(hand_reduced(model, TEXTS))
+    run = model.run(TEXTS, record=[RESID])
+    torch.testing.assert_close(LogitGap([5, 9], [7])(run), alone[:, [5, 9]].amax(1) - alone[:, 7], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(TokenProb(5)(run), alone.softmax(1)[:, 5], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        losses = [model.hooked(model.prompts(text).tokens, return_type="loss") for text in TEXTS]
+    ce = TeacherForcedCE(first=0, span="all")
+    torch.testing.assert_close(ce(run), torch.stack(losses), atol=1e-4, rtol=1e-4)
+    assert float(KLFromBaseline(run, where="all")(model.run(TEXTS)).abs().max()) < 1e-6
+    close(StateMatch(run.activations, RESID, at="all")(run), torch.ones(3))
+    # Steering moves the projection by as much as was added, and the predictions with it.
+    vector = torch.linspace(-1, 2, model.d_model)
+    steered = model.run(TEXTS, [Add(vector, 0.5, site=RESID)], record=[RESID])
+    projection = Projection(Direction(vector[None], site=RESID))
+    moved = projection(steered) - projection(run)
+    torch.testing.assert_close(moved, 0.5 * vector.norm().expand(3), atol=1e-4, rtol=1e-4)
+    assert float(KLFromBaseline(run)(steered).min()) > 1e-4
+
+
+def greedy(model: Any, prompt: Prompts, count: int) -> Tensor:
+    ids = prompt.tokens
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model.hooked(ids)[:, -1:].argmax(-1)], 1)
+    return ids[0, -count:]
+
+
+def test_on_chats_with_completions() -> None:
+    model = load_model("pocket", device="cpu")
+    requests = ["What should I cook for dinner?", "Tell me about the weather."]
+    prompts = Prompts.from_chats(requests, model, prefix="Talk only about cats.")
+    completions = torch.stack([greedy(model, prompts[i].padded("right"), 10) for i in range(2)])
+    prompts = prompts.with_completions(completions)
+    plain = Prompts.from_chats(requests, model).with_completions(completions)
+    ce = TeacherForcedCE()
+    run, without = (
+        model.run(each, logits=ce.reads(each), record=[("resid_post", 4)]) for each in (prompts, plain)
+    )  # fmt: skip
+    expected = []
+    for i in range(2):
+        row = prompts[[i]].padded("right")
+        with torch.no_grad():
+            nll = model.hooked(row.tokens, return_type="loss", loss_per_token=True)[0]
+        expected.append(nll[row.span("completion")[0, 1:]].mean())
+    torch.testing.assert_close(ce(run), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    close(ce(model.run(prompts.padded("left"))), ce(model.run(prompts.padded("right"))))
+    # What is said under the prefix is less likely without it, and the states differ.
+    assert bool((ce(without) > ce(run)).all())
+    match = StateMatch(run.activations, ("resid_post", 4), at="completion", align="end")
+    close(match(run), torch.ones(2))
+    assert 0 < float(match(without).min()) < float(match(without).max()) < 0.999
+
+
+def test_strings_of_the_pocket_model() -> None:
+    model = load_model("pocket", device="cpu")
+    gap = LogitGap([" cats", " kittens"], " dogs", tokenizer=model)
+    cats = [model.tokenizer.encode(text, add_special_tokens=False)[0] for text in (" cats", " kittens", " dogs")]
+    assert [*gap.positive.ids[0].tolist(), *gap.negative.ids[0].tolist()] == cats
+    with pytest.raises(
+        MechsteerError, match=r"positive: ' xylophone' is 6 tokens: ' ', 'x', .*, 'one'\. Pass one of them\."
+    ):
+        LogitGap(" xylophone", " dogs", tokenizer=model)
