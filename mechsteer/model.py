@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsteer import backends
+from mechsteer import backends, generation
 from mechsteer.activations import Activations, ModelId
 from mechsteer.backends import Hooked
 from mechsteer.data import data_path
@@ -176,6 +176,52 @@ class Model:
         with backends.hooks(self.hooked, hooks):
             rows = backends.logits_at(self.hooked, right.tokens.to(self.device), read.to(self.device), stop=stop)
         return rows, taken
+
+    def generate(
+        self,
+        prompts: PromptsLike,
+        *,
+        max_new_tokens: int = 40,
+        interventions: Iterable[Intervention] = (),
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        batch_size: int = 128,
+        progress: bool = True,
+    ) -> Prompts:
+        """Complete prompts, under interventions that go on for every generated token.
+
+            steered = model.generate(prompts, interventions=[ms.Add(cats, 4.0)])
+            print(steered.completions)
+
+        Keys and values are cached (except for architectures and sites that the packed forward pass does not cover,
+        where every step is a whole forward pass). Completions do not depend on the batch that a prompt is in.
+
+        Args:
+            prompts: without completions.
+            max_new_tokens: at most this many tokens each.
+            interventions: see `run`. Generated tokens are of the span "completion"; positions count on.
+            temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
+            top_k: draw from the likeliest this many only.
+            top_p: draw from the fewest tokens that together have this probability; applied after `top_k`.
+            seed: of the draws. Every prompt has its own stream, fixed by seed and place in `prompts`.
+            stop_at_eos: end a completion with the tokenizer's end-of-sequence token, which belongs to it.
+            batch_size: prompts generated side by side.
+            progress: show a bar on standard error when it takes longer than two seconds.
+
+        Returns:
+            The prompts with completions: `.completions` has their texts.
+
+        Raises:
+            MechsteerError: prompts or interventions do not fit the model, or tokens would pass the context's end.
+        """
+        return generation.generate(
+            self, self.prompts(prompts), max_new_tokens=max_new_tokens, interventions=interventions,
+            temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop_at_eos=stop_at_eos,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
 
     def prompts(self, prompts: PromptsLike) -> Prompts:
         """Prompts on the model's device, checked against its vocabulary and context.

@@ -538,13 +538,20 @@ class Decoder:
 
 
 def whole_pack(
-    prompts: Prompts, *, start: Tensor | None = None, stop: Tensor | None = None, read: Tensor | None = None
+    prompts: Prompts,
+    index: Int[Tensor, " item"] | None = None,
+    start: Int[Tensor, " item"] | None = None,
+    stop: Int[Tensor, " item"] | None = None,
+    *,
+    read: Bool[Tensor, "item pos"] | None = None,
 ) -> Pack:
-    """All tokens of right-padded prompts, or those from `start` to `stop - 1` [batch], one item each."""
-    first = torch.zeros_like(prompts.lengths) if start is None else start
-    last = prompts.lengths if stop is None else stop
+    """One item for each of the right-padded prompts in `index` (None: all), from `start` to `stop - 1` (None: whole)."""
+    device = prompts.tokens.device
+    which = torch.arange(len(prompts), device=device) if index is None else index
+    first = torch.zeros_like(which) if start is None else start
+    last = prompts.lengths[which] if stop is None else stop
     wanted = None if read is None else read[:, None]
-    return Pack(lambda e, p, c: Rows(prompts, e, p, c), first[:, None], last[:, None], wanted)
+    return Pack(lambda e, p, c: Rows(prompts, which[e], p, c), first[:, None], last[:, None], wanted)
 
 
 def _tap(kind: str, layer: int, x: Tensor, layout: Layout, edits: Edits, capture: Capture) -> Tensor:

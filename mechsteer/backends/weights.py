@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechsteer.backends import Hooked, backend_of, hooks
@@ -48,20 +48,21 @@ def orthogonalise(hooked: Hooked, basis: Float[Tensor, "k d_model"]) -> Hooked:
         )
     _check_writes_directly(hooked)
     edited = _copy(hooked)
-    _untie(edited)
-    for module, name, dim in _writers(edited):
-        weight = getattr(module, name).data
-        wide = weight.double().movedim(dim, -1)
-        rows = exact.to(wide)
-        weight.copy_((wide - (wide @ rows.T) @ rows).movedim(-1, dim))
 
     def project(tensor: Tensor, hook: Any) -> Tensor:
         rows = exact.to(tensor)
         return tensor - (tensor @ rows.T) @ rows
 
     blocks = [f"blocks.{layer}.hook_{kind}_out" for layer in range(hooked.cfg.n_layers) for kind in ("attn", "mlp")]
-    names = [name for name in ("hook_embed", "hook_pos_embed", *blocks) if name in hooked.hook_dict]
-    _check_equal(hooked, edited, [(name, project) for name in names], "orthogonalise")
+    names = [name for name in ("hook_embed", "hook_pos_embed", *blocks) if name in edited.hook_dict]
+    expected = _probe(edited, [(name, project) for name in names])
+    _untie(edited)
+    for module, name, dim in _writers(edited):
+        weight = getattr(module, name).data
+        wide = weight.double().movedim(dim, -1)
+        rows = exact.to(wide)
+        weight.copy_((wide - (wide @ rows.T) @ rows).movedim(-1, dim))
+    _check_equal(edited, expected, "orthogonalise")
     return edited
 
 
@@ -83,20 +84,16 @@ def add_bias(hooked: Hooked, layer: int, vector: Float[Tensor, " d_model"]) -> H
         )
     _check_writes_directly(hooked)
     edited = _copy(hooked)
-    module, name = _mlp_bias(edited, layer)
     added = vector.detach()
+    expected = _probe(edited, [(f"blocks.{layer}.hook_resid_post", lambda tensor, hook: tensor + added.to(tensor))])
+    module, name = _mlp_bias(edited, layer)
     old = getattr(module, name)
     if old is None:
         weight = next(module.parameters())
-        value = nn.Parameter(added.to(weight), requires_grad=weight.requires_grad)
-        module.register_parameter(name, value)
+        module.register_parameter(name, nn.Parameter(added.to(weight), requires_grad=weight.requires_grad))
     else:
         old.data.copy_(old.data.double() + added.to(old.device).double())
-
-    def add(tensor: Tensor, hook: Any) -> Tensor:
-        return tensor + added.to(tensor)
-
-    _check_equal(hooked, edited, [(f"blocks.{layer}.hook_resid_post", add)], "add_bias")
+    _check_equal(edited, expected, "add_bias")
     return edited
 
 
@@ -173,27 +170,27 @@ def _copy(hooked: Hooked) -> Hooked:
         point.remove_hooks("both", including_permanent=True)
     for module in twin.modules():
         # A bridge's own hooks point to the blocks they were made for; the next run makes new ones.
-        if hasattr(module, "_teardown_capture_hooks"):
-            module._teardown_capture_hooks()
+        teardown: Any = getattr(module, "_teardown_capture_hooks", None)
+        if teardown is not None:
+            teardown()
     return twin
 
 
-def _check_equal(hooked: Hooked, edited: Hooked, fwd_hooks: list[Any], what: str) -> None:
-    """Compare the edited model with the hooked one on a few tokens: what was overlooked above shows here."""
-    cfg = hooked.cfg
-    tokens: Int[Tensor, "1 pos"] = torch.randint(
-        cfg.d_vocab, (1, min(cfg.n_ctx, 16)), generator=torch.Generator().manual_seed(0)
-    ).to(next(hooked.parameters()).device)
-    everything = torch.ones_like(tokens)
-    with torch.no_grad():
-        got = edited(tokens, attention_mask=everything).double()
-        with hooks(hooked, fwd_hooks):
-            expected = hooked(tokens, attention_mask=everything).double()
-    dtype = next(hooked.parameters()).dtype
-    worst = float((got - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+def _probe(hooked: Any, fwd_hooks: list[Any]) -> Float[Tensor, "1 pos d_vocab"]:
+    """Logits on a few tokens."""
+    size, d_vocab = (1, min(hooked.cfg.n_ctx, 16)), hooked.cfg.d_vocab
+    tokens = torch.randint(d_vocab, size, generator=torch.Generator().manual_seed(0))
+    tokens = tokens.to(next(hooked.parameters()).device)
+    with torch.no_grad(), hooks(hooked, fwd_hooks):
+        return hooked(tokens, attention_mask=torch.ones_like(tokens))
+
+
+def _check_equal(edited: Hooked, expected: Float[Tensor, "1 pos d_vocab"], what: str) -> None:
+    """Refuse an edit that computes something else than the hooks did: what was overlooked above shows here."""
+    worst = float((_probe(edited, []) - expected).abs().max()) / max(1.0, float(expected.abs().max()))
     # Where weights are rounded to half precision, so is the edit of them.
-    if not worst <= (1e-3 if dtype in (torch.float32, torch.float64) else 0.1):
+    if not worst <= (1e-3 if expected.dtype in (torch.float32, torch.float64) else 0.1):
         raise MechsteerError(
-            f"{what} cannot write the intervention into the weights of {cfg.model_name}: logits would differ by "
+            f"{what} cannot write the intervention into the weights of {edited.cfg.model_name}: logits would differ by "
             f"{worst:.2g} of their size. Use it as an intervention."
         )
