@@ -1,7 +1,7 @@
 """Control vectors for llama.cpp: GGUF files that it and repeng read and write.
 
-The tensor `direction.N` is added to the output of block N, counted from 0: to `resid_post` of that block. llama.cpp adds
-nothing to the output of block 0, so there is no way to write a direction for it.
+The tensor `direction.N` is added to the output of block N, counted from 0: to `resid_post` of that block. llama.cpp
+adds nothing to the output of block 0, so there is no way to write a direction for it.
 """
 
 import json
@@ -91,8 +91,8 @@ def import_gguf(path: str | os.PathLike[str], *, model: "Model | None" = None) -
         origin holds the hint at the model's architecture.
 
     Raises:
-        MechsteerError: the file is missing, damaged or no control vector, it does not fit the model, or the gguf package
-            is not installed.
+        MechsteerError: the file is missing, damaged or no control vector, it does not fit the model, or the gguf
+            package is not installed.
     """
     gguf = _package()
     name = os.fspath(path)
@@ -114,9 +114,7 @@ def import_gguf(path: str | os.PathLike[str], *, model: "Model | None" = None) -
     except Exception as error:  # the package raises whatever numpy does with nonsense
         raise MechsteerError(f"{name} is no complete GGUF file ({' '.join(str(error).split())}).") from error
     if fields.get("general.architecture") != _ARCHITECTURE:
-        raise MechsteerError(
-            f"{name} holds {fields.get('general.architecture')!r} and no control vector. Pass one of llama.cpp or repeng."
-        )
+        raise MechsteerError(f"{name} holds {fields.get('general.architecture')!r}, and a control vector was expected.")
     models, origins = _about(fields.get(_ABOUT), name)
     hint = {"method": "gguf", "model_hint": str(fields.get(f"{_ARCHITECTURE}.model_hint"))}
     made: dict[Site, Direction] = {}
@@ -124,8 +122,8 @@ def import_gguf(path: str | os.PathLike[str], *, model: "Model | None" = None) -
         match = _NAME.fullmatch(key)
         if match is None or kind != gguf.GGMLQuantizationType.F32 or values.ndim != 1:
             raise MechsteerError(
-                f"{name} holds {key!r} ({kind.name} {list(values.shape)}), and a control vector holds F32 vectors called "
-                "direction.N."
+                f"{name} holds {key!r} ({kind.name} {list(values.shape)}), and a control vector holds F32 vectors "
+                "called direction.N."
             )
         site = Site("resid_post", int(match[1]))
         made[site] = Direction(values[None], site, models.get(match[1]), origins.get(match[1], hint))
