@@ -5,9 +5,9 @@
     python benchmarks/recorder_memory.py --check        # exit status 1 if the largest takes 10 % more than the smallest
 
 Each size runs in a new process, on the one-layer pocket model, and records the residual stream with its covariance and
-the 10 largest tokens of each feature in shards of 4,096 rows, then reads all rows back. Every size fills several shards:
-a run that fills less than one takes less. The first column is the peak of the whole process, most of which is imports
-and the model; the second is the peak while recording above what was resident before (Linux only).
+the 10 largest tokens of each feature in shards of 4,096 rows, then reads all rows back. Every size fills several
+shards: a run that fills less than one takes less. The first column is the peak of the whole process, most of which is
+imports and the model; the second is the peak while recording above what was resident before (Linux only).
 """
 
 import argparse
@@ -32,16 +32,18 @@ def measure(tokens: int) -> dict[str, float]:
     from mechsteer.prompts import Prompts
     from mechsteer.recorder import record_stream
 
+    torch.set_num_threads(1)  # more of them wait for one another where other work keeps the cores busy
     model = load_model("pocket-1l")
     generator = torch.Generator().manual_seed(0)
 
-    def stream():  # noqa: ANN202 - the type needs imports that the parent process must not make
+    def stream():
         left = tokens
         while left:
-            # Lengths differ, so that memory is asked for in many sizes, which is what fragments it.
-            lengths = torch.randint(20, 120, (25,), generator=generator).tolist()
-            lengths = [length for length in lengths if (left := left - length) >= 0] or [lengths[0] + left]
-            left = max(left, 0)
+            lengths = []
+            while left and len(lengths) < 25:
+                # Lengths differ, so that memory is asked for in many sizes, which is what fragments it.
+                lengths.append(min(left, int(torch.randint(20, 120, (), generator=generator))))
+                left -= lengths[-1]
             yield Prompts.from_ids([torch.randint(3, 3000, (n,), generator=generator).tolist() for n in lengths])
 
     with tempfile.TemporaryDirectory() as folder:
@@ -99,10 +101,8 @@ def main() -> int:
         found = json.loads(child.stdout.splitlines()[-1])
         results.append(found)
         rate = found["tokens"] / found["seconds"]
-        print(
-            f"{found['tokens']:>10,} {found['peak']:>9.1f} {found['above']:>13.1f} {found['seconds']:>8.1f} {rate:>9,.0f}",
-            flush=True,
-        )
+        memory = f"{found['peak']:>9.1f} {found['above']:>13.1f}"
+        print(f"{found['tokens']:>10,} {memory} {found['seconds']:>8.1f} {rate:>9,.0f}", flush=True)
     growth = results[-1]["peak"] / results[0]["peak"]
     print(f"peak at the largest size: {growth:.3f} times that at the smallest (limit {LIMIT})")
     return int(args.check and growth > LIMIT)

@@ -41,7 +41,7 @@ class Direction:
             origin cannot be written as JSON.
     """
 
-    vectors: Float[Tensor, "k d"]
+    vectors: Float[Tensor, "*k d"]
     site: Site
     model: ModelId | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsteer.activations import Activations
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
-from mechsteer.backends.decoder import Cache, Capture, Decoder, Pack, whole_pack
-from mechsteer.errors import MechsteerError
+from mechsteer.backends.decoder import Cache, Capture, Decoder
+from mechsteer.backends.packing import Pack, whole_pack
 from mechsteer.interventions import Column, Intervention, stacked_hooks
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
@@ -99,6 +99,7 @@ class Engine:
         for site in self.sites:
             self.model.check_site(site)
         self.decoder: Decoder | None = self.model.decoder
+        self.model_id = self.model.id
         if any(site.kind not in PACKED_KINDS for site in self.sites):
             self.decoder = None
         n_pos = self.prompts.tokens.shape[1]
@@ -148,7 +149,7 @@ class Engine:
             late = max((stage for stage in stages if stage <= 2 * decoder.n_layers), default=0)
             whole = whole_pack(prompts) if late >= 2 * decoder.n_layers - 1 and pack.last is not pack.all else pack
             x = decoder.blocks(x, whole, first=0, stop=decoder.n_layers, own=cache, capture=capture, keep=keep)
-            self.work.done += decoder.flops(whole, first=0)
+            self.work.done += decoder.flops(whole, first=0, own=True)
             if 2 * decoder.n_layers in stages:
                 full = x.new_zeros(n_examples, n_pos, x.shape[-1])
                 resid[2 * decoder.n_layers] = full.index_put((slots.example, slots.position), x)
@@ -162,7 +163,11 @@ class Engine:
     # ---- a batch of cells ----
 
     def batch(
-        self, cells: Sequence[Cell], chunk: Int[Tensor, " example"], start: Int[Tensor, "cell example"], clean: Clean | None
+        self,
+        cells: Sequence[Cell],
+        chunk: Int[Tensor, " example"],
+        start: Int[Tensor, "cell example"],
+        clean: Clean | None,
     ) -> dict[str, Float[Tensor, "cell example"]]:
         """Objectives of cells of one shape on the prompts `chunk`.
 
@@ -250,7 +255,7 @@ class Engine:
                 taken, layout = capture.taken[key]
                 full = _put(full, taken, layout.item, layout.rows.position, site)
             values[site] = full.transpose(1, 2) if site.axes[-1] == "src" else full
-        activations = Activations(values, prompts=prompts, model=self.model.id)
+        activations = Activations(values, prompts=prompts, model=self.model_id)
         return Run(prompts, logits, read, activations, example)
 
     def _hooked(self, cells: Sequence[Cell], chunk: Tensor) -> Run:
@@ -267,7 +272,7 @@ class Engine:
         hooks = stacked_hooks(columns, self.model, base=self.prompts, items=prompts, example=example, cell=cell)
         read = self.read[example]
         rows, taken = self.model.forward(prompts, hooks, self.sites, read=read)
-        return Run(prompts, rows, read, Activations(taken, prompts=prompts, model=self.model.id), example)
+        return Run(prompts, rows, read, Activations(taken, prompts=prompts, model=self.model_id), example)
 
 
 def _edits(cells: Sequence[Cell], n_layers: int) -> dict[tuple[str, int], list[Callable[[Tensor, Rows], Tensor]]]:

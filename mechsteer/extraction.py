@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
+from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.site import KINDS, Site, SiteLike
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 Texts = Prompts | Sequence[str]
 """Prompts as they are, or texts for the model's tokenizer."""
-Tokens = str | tuple[Bool[Tensor, "batch pos"], ...]
+Tokens = str | tuple[Bool[Tensor, "_ _"], ...]
 """Which tokens of a text count: "all", "last" (before any completion), a span's name, or a mask for each group."""
 _CHUNK = 256  # texts tokenised at a time: what is cut off never needs memory for all of them at once
 
@@ -54,7 +53,7 @@ def difference_of_means(
         normalise: whether to scale each vector to length 1.
         max_tokens: of a text, BOS included.
         batch_tokens: at most this many tokens in a batch, padding included.
-        progress: whether to show a bar.
+        progress: whether to show a bar where it takes long.
 
     Returns:
         One Direction for each site; its origin holds counts and the norms of both means.
@@ -66,7 +65,7 @@ def difference_of_means(
     means, about = [], []
     for group, texts, chosen in _groups(model, {"positives": positives, "negatives": negatives}, tokens, max_tokens):
         sums: dict[Site, Tensor] = {}
-        for _, rows in _means_of_texts(model, texts, where, chosen, batch_tokens, progress and group):
+        for _, rows in _means_of_texts(model, texts, where, chosen, batch_tokens, group, progress):
             sums = {site: rows[site].sum(0) + sums.get(site, 0.0) for site in where}
         means.append({site: sums[site] / len(texts) for site in where})
         about.append({"texts": len(texts), "tokens": int(chosen.sum()), "prompts": texts.hash})
@@ -114,7 +113,7 @@ def pca(
             common by that; False keeps it.
         max_tokens: of a text, BOS included.
         batch_tokens: at most this many tokens in a batch, padding included.
-        progress: whether to show a bar.
+        progress: whether to show a bar where it takes long.
 
     Returns:
         One Direction for each site with k orthonormal vectors, the strongest first; its origin holds the share of the
@@ -128,9 +127,9 @@ def pca(
         given["negatives"] = negatives
     groups, about = [], {}
     for group, texts, chosen in _groups(model, given, tokens, max_tokens):
-        parts = list(_means_of_texts(model, texts, where, chosen, batch_tokens, progress and group))
+        parts = list(_means_of_texts(model, texts, where, chosen, batch_tokens, group, progress))
         back = torch.cat([order for order, _ in parts]).argsort()
-        groups.append({site: torch.cat([rows[site] for _, rows in parts])[back.to(model.device)] for site in where})
+        groups.append({site: torch.cat([rows[site] for _, rows in parts])[back] for site in where})
         about[group] = {"texts": len(texts), "tokens": int(chosen.sum()), "prompts": texts.hash}
     if len({count["texts"] for count in about.values()}) > 1:
         counts = " and ".join(f"{count['texts']} {name}" for name, count in about.items())
@@ -246,27 +245,33 @@ def _means_of_texts(
     sites: Sequence[Site],
     chosen: Bool[Tensor, "batch pos"],
     batch_tokens: int,
-    bar: str | bool,
+    group: str,
+    progress: bool,
 ) -> Iterator[tuple[Tensor, dict[Site, Float[Tensor, "part d"]]]]:
     """Mean activation over the chosen tokens of each text in fp64, batch by batch: (which texts, rows at each site)."""
     # Texts of like length share a batch, so that little is spent on padding.
     order = prompts.lengths.argsort(descending=True).cpu()
     points = list(dict.fromkeys(site.point for site in sites))
-    with Progress(console=Console(stderr=True), transient=True, disable=not bar) as shown:
-        task = shown.add_task(str(bar), total=len(order))
+    with bar(group, len(order), show=progress) as shown:
         while len(order):
             size = max(1, batch_tokens // int(prompts.lengths[order[0]]))
             part, order = order[:size], order[size:]
             batch = prompts[part].padded("right")
             mask = chosen[part.to(chosen.device), : batch.mask.shape[1]]
             recorded = model.run(batch, record=points, logits="none").activations
-            rows, counts, (text, _) = {}, mask.sum(1, keepdim=True), mask.nonzero(as_tuple=True)
+            rows = {}
             for site in sites:
                 values = recorded[site.point] if site.head is None else recorded[site.point][:, :, site.head]
-                sums = torch.zeros(len(part), values.shape[-1], dtype=torch.float64, device=values.device)
-                rows[site] = sums.index_add(0, text, values[mask].double()) / counts
+                rows[site] = _row_means(values[mask], mask)
             yield part, rows
-            shown.advance(task, len(part))
+            shown.advance(len(part))
+
+
+def _row_means(values: Float[Tensor, "token d"], mask: Bool[Tensor, "part pos"]) -> Float[Tensor, "part d"]:
+    """Mean of each row's tokens, which are those that the mask marks, in fp64."""
+    exact = (values if values.is_cuda else values.cpu()).double()  # Apple's GPUs have no fp64
+    counts, text = mask.sum(1, keepdim=True).to(exact.device), mask.nonzero()[:, 0].to(exact.device)
+    return exact.new_zeros(len(mask), exact.shape[1]).index_add(0, text, exact) / counts
 
 
 def _principal(
@@ -285,8 +290,8 @@ def _principal(
 
 
 def _stored(vectors: Float[Tensor, "k d"], model: "Model") -> Float[Tensor, "k d"]:
-    """In the model's type, but at least fp32: half precision would lose most of a small difference."""
-    return vectors.to(torch.promote_types(model.dtype, torch.float32))
+    """Where the model is and in its type, but at least fp32: half precision would lose most of a small difference."""
+    return vectors.to(model.device, torch.promote_types(model.dtype, torch.float32))
 
 
 def _words(tokens: Tokens) -> str:

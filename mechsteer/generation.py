@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsteer.backends.decoder import Cache, Capture, Decoder, whole_pack
+from mechsteer.backends.decoder import Cache, Capture, Decoder
+from mechsteer.backends.packing import whole_pack
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.errors import MechsteerError
 from mechsteer.interventions import Column, Intervention, check, stacked_hooks

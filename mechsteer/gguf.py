@@ -101,7 +101,7 @@ def import_gguf(path: str | os.PathLike[str], *, model: "Model | None" = None) -
 
     class Reader(gguf.GGUFReader):
         # The package takes what lies beyond the end as empty, and counts to any number that the file claims.
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
             values = super()._get(offset, dtype, count, override_order)
             if len(values) < count:
                 raise ValueError("it ends too early")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,18 @@ _NUMBERS += ("float16", "float32", "float64", "complex64")
 _VERSION = 1
 
 
+@cache
+def _versions() -> Mapping[str, str]:
+    # Read once: it parses a file for each library.
+    versions = {}
+    for library in _LIBRARIES:
+        try:
+            versions[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
 def provenance(
     *, model: "ModelId | None" = None, seed: int | None = None, seconds: float | None = None, **options: Any
 ) -> dict[str, Any]:
@@ -42,18 +55,12 @@ def provenance(
         seconds: wall time.
         options: what else it takes to do it again; JSON-able.
     """
-    versions = {}
-    for library in _LIBRARIES:
-        try:
-            versions[library] = version(library)
-        except PackageNotFoundError:
-            continue
     return {
         "model": None if model is None else dict(model._asdict()),
         "seed": seed,
         "seconds": seconds,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
+        "versions": dict(_versions()),
         "options": options,
     }
 

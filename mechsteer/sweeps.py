@@ -94,7 +94,9 @@ def sweep(
         model.check_slots(right, cells[members[0]])
     engine = Engine(model, right, measures)
     groups = [Group.of(engine, members, cells) for members in by_shape.values()]
-    store = Store.open(out, list(measures), (len(cells), len(right)), lambda: _identity(model, right, values, measures, cells))
+    store = Store.open(
+        out, list(measures), (len(cells), len(right)), lambda: _identity(model, right, values, measures, cells)
+    )
     device = model.device.type
     with bar("cells", len(cells) * len(right), show=progress) as shown:
         shown.advance(int(store.done.sum()))
@@ -352,7 +354,9 @@ def _named(measure: Measure, axes: Mapping[str, Any]) -> dict[str, Objective]:
             raise MechsteerError(f"Two objectives have the same name ({names}). Pass a dictionary of names.")
     clash = {"prompt", *axes} & set(measures) | ({"prompt"} & set(axes))
     if clash:
-        raise MechsteerError(f"The name {sorted(clash)[0]!r} is used twice among axes, objectives and 'prompt'. Rename.")
+        raise MechsteerError(
+            f"The name {sorted(clash)[0]!r} is used twice among axes, objectives and 'prompt'. Rename."
+        )
     if not measures:
         raise MechsteerError("measure= is empty. Pass at least one Objective.")
     return measures

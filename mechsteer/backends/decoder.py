@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from mechsteer.backends.packing import Bucket, Layout, Pack, whole_pack
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
 
@@ -35,105 +36,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-
-
-class Layout:
-    """Rows of items as a rectangle [item, width]: where each row stands in it."""
-
-    def __init__(self, rows: Rows, item: Int[Tensor, " row"], slot: Int[Tensor, " row"], n_items: int, width: int) -> None:
-        self.rows, self.n_items, self.width = rows, n_items, width
-        self.dense = rows.position.shape[0] == n_items * width
-        self.index = item * width + slot
-        self.item = item
-
-    def pad(self, x: Float[Tensor, "row *feature"]) -> Float[Tensor, "item width *feature"]:
-        """Rows as the rectangle, zero where there is none."""
-        shape = (self.n_items, self.width, *x.shape[1:])
-        if self.dense:
-            return x.view(shape)
-        return x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy(0, self.index, x).view(shape)
-
-    def pack(self, x: Float[Tensor, "item width *feature"]) -> Float[Tensor, "row *feature"]:
-        """The rectangle's rows."""
-        flat = x.reshape(self.n_items * self.width, *x.shape[2:])
-        return flat if self.dense else flat[self.index]
-
-    def positions(self, fill: int) -> Int[Tensor, "item width"]:
-        """Absolute position at each place; `fill` where there is no row."""
-        full = self.index.new_full((self.n_items * self.width,), fill)
-        return full.index_copy(0, self.index, self.rows.position).view(self.n_items, self.width)
-
-
-class Pack:
-    """Which tokens a forward pass computes: `cells` cells of every example, each from its own position on.
-
-    Items are ordered by example, then cell; rows by item, then position.
-
-    Attributes:
-        n_examples, n_cells: items are their product.
-        start: first recomputed position of each item.
-        group_of_row: which example, in the order given, each row belongs to.
-        all: layout of all rows.
-        last: layout of the rows that the last layer is asked for.
-    """
-
-    def __init__(
-        self,
-        rows_of: Callable[[Tensor, Tensor, Tensor], Rows],
-        start: Int[Tensor, "group cell"],
-        stop: Int[Tensor, "group cell"],
-        read: Bool[Tensor, "group cell pos"] | None,
-    ) -> None:
-        """
-        Args:
-            rows_of: makes Rows from (which example, position, cell) of each row.
-            start: first position to compute.
-            stop: one after the last.
-            read: positions that the last layer must give; None for all.
-        """
-        self.start = start
-        self.n_examples, self.n_cells = start.shape
-        n_items = start.numel()
-        width = max(0, int((stop - start).max()))
-        offset = torch.arange(width, device=start.device)
-        position = start.reshape(-1, 1) + offset
-        inside = position < stop.reshape(-1, 1)
-        item, slot = inside.nonzero(as_tuple=True)
-        position = position[item, slot]
-        group, cell = item // self.n_cells, item % self.n_cells
-        self.group_of_row = group
-        self.all = Layout(rows_of(group, position, cell), item, slot, n_items, width)
-        self.last, self.last_index = self.all, None
-        if read is not None:
-            keep = read.reshape(n_items, -1)[item, position].nonzero().squeeze(1)
-            if keep.shape[0] < item.shape[0]:
-                kept_item = item[keep]
-                count = torch.zeros(n_items, dtype=torch.long, device=start.device)
-                count = count.index_add(0, kept_item, torch.ones_like(kept_item))
-                before = count.cumsum(0) - count
-                kept_slot = torch.arange(len(keep), device=start.device) - before[kept_item]
-                self.last = Layout(self.all.rows[keep], kept_item, kept_slot, n_items, max(1, int(count.max())))
-                self.last_index = keep
-        self.n_past = int(start.max())
-        self._masks: dict[Any, Tensor] = {}
-
-    def mask(self, queries: Layout, window: int | None) -> Bool[Tensor, "group 1 cell 1 width keys"]:
-        """Which keys each query attends to: clean ones before the item's start, then the item's own."""
-        key = (queries is self.last, window)
-        if key not in self._masks:
-            shape = (self.n_examples, 1, self.n_cells, 1)
-            # A place without a row attends to the first key alone, so that no softmax is over nothing.
-            query = queries.positions(-1).view(*shape, queries.width, 1)
-            start = self.start.reshape(*shape, 1, 1)
-            past = torch.arange(self.n_past, device=start.device).expand(*shape, 1, -1)
-            own = self.all.positions(1 << 30).view(*shape, 1, self.all.width)
-            allowed = torch.cat([(past < start) & (past <= query), own <= query], -1)
-            if window is not None:
-                allowed = allowed & torch.cat([past > query - window, own > query - window], -1)
-            empty = query < 0
-            first = torch.arange(allowed.shape[-1], device=start.device) == 0
-            self._masks[key] = allowed | (empty & first)
-        return self._masks[key]
 
 
 @dataclass
@@ -221,7 +123,9 @@ class Decoder:
         self.rotary_dim = cfg.rotary_dim
         with torch.no_grad():
             self.W_E = hooked.embed.W_E.detach().clone()
-            self.W_pos = hooked.pos_embed.W_pos.detach().clone() if cfg.positional_embedding_type == "standard" else None
+            self.W_pos = (
+                hooked.pos_embed.W_pos.detach().clone() if cfg.positional_embedding_type == "standard" else None
+            )
             rotaries: dict[Any, Any] = {}
             self.layers = [self._layer(block, rotaries) for block in hooked.blocks]
             self.ln_final = _norm(hooked.ln_final)
@@ -353,7 +257,14 @@ class Decoder:
             mid = _tap("resid_mid", index, mid, queries, edits, capture)
             if keep:
                 keep(index, "resid_mid", mid)
-            x = _tap("resid_post", index, mid + self._mlp(layer, index, mid, queries, edits, capture), queries, edits, capture)
+            x = _tap(
+                "resid_post",
+                index,
+                mid + self._mlp(layer, index, mid, queries, edits, capture),
+                queries,
+                edits,
+                capture,
+            )
         return x
 
     # ---- what it costs ----
@@ -368,13 +279,15 @@ class Decoder:
         project = 2.0 * rows * d_model * kv + 4.0 * queries * d_model * self.n_heads * self.d_head
         return mlp + project + 4.0 * pairs * self.n_heads * self.d_head
 
-    def flops(self, pack: Pack, *, first: int, from_mlp: bool = False) -> float:
+    def flops(self, pack: Pack, *, first: int, from_mlp: bool = False, own: bool = False) -> float:
         """Floating-point operations that `blocks` does, padding of the attention included."""
         total = 0.0
         for index in range(first, self.n_layers):
             queries = pack.last if index == self.n_layers - 1 else pack.all
-            keys = pack.n_past + pack.all.width
-            pairs = float(queries.n_items * queries.width * keys)
+            if pack.sparse and not own:
+                pairs = float(queries.n_items * queries.width * (pack.n_past + pack.all.width))
+            else:
+                pairs = float(sum(each.n_items * each.width for each in pack.buckets(queries)) * pack.n_keys)
             rows, asked = pack.all.item.shape[0], queries.item.shape[0]
             total += self._layer_flops(index, rows, asked, pairs, from_mlp and index == first)
         return total
@@ -427,19 +340,39 @@ class Decoder:
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = layer.q_norm(q), layer.k_norm(k)
         if layer.rotary is not None:
-            q = self._rotate(q, layer.rotary, queries.rows.position)
-            k = self._rotate(k, layer.rotary, pack.all.rows.position)
-        see_pattern = ("pattern", index) in edits or ("pattern", index) in capture.wanted
-        if own is not None:
-            z = self._attend_own(layer, index, q, k, v, pack, queries, own, edits, capture, see_pattern)
-        else:
+            q = self._rotate(q, *pack.rotary(queries, layer.rotary))
+            k = self._rotate(k, *pack.rotary(pack.all, layer.rotary))
+        seen = ("pattern", index) in edits or ("pattern", index) in capture.wanted
+        if own is None and pack.sparse and not seen:
             assert past is not None
-            z = self._attend_past(layer, index, q, k, v, pack, queries, past, edits, capture, see_pattern)
+            z = self._attend_split(layer, index, q, k, v, pack, queries, past)
+        else:
+            rows = pack.all.rows
+            if own is not None:
+                # Rows are ordered by item: an item's place in the cache is its own, whatever prompt it comes from.
+                own.keys[index][pack.all.item, :, rows.position] = k
+                own.values[index][pack.all.item, :, rows.position] = v
+                keys, values = (part[index][:, :, : pack.n_keys] for part in (own.keys, own.values))
+            else:
+                assert past is not None
+                keys, values = (self._with_own(p[index], x, pack) for p, x in ((past.keys, k), (past.values, v)))
+            z = self._attend(layer, index, q, keys, values, pack, queries, edits, capture, seen)
         z = _tap("z", index, z, queries, edits, capture)
         return layer.out(z.reshape(-1, n_q * d))
 
-    def _rotate(self, x: Tensor, rotary: tuple[Tensor, Tensor], position: Tensor) -> Tensor:
-        sin, cos = rotary[0][position][:, None], rotary[1][position][:, None]
+    def _with_own(self, clean: Tensor, x: Tensor, pack: Pack) -> Tensor:
+        """Clean keys or values of every item [item, head, key, d], with the item's own in their places."""
+        e, m = pack.n_examples, pack.n_cells
+        if pack.n_past == 0 and pack.all.dense:
+            return x.view(e * m, pack.all.width, *x.shape[1:]).transpose(1, 2)
+        shape = (e, m, self.n_kv_heads, pack.n_keys, self.d_head)
+        full = clean[:, None, :, : pack.n_keys].expand(shape).reshape(e * m, *shape[2:])
+        # A copy by now, unless there is one item alone.
+        full = full.clone() if full.data_ptr() == clean.data_ptr() else full
+        full[pack.all.item, :, pack.all.rows.position] = x
+        return full
+
+    def _rotate(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
         whole = self.rotary_dim == self.d_head
         part = x if whole else x[..., : self.rotary_dim]
         if self.adjacent:
@@ -447,111 +380,68 @@ class Decoder:
         else:
             first, second = part.chunk(2, -1)
             flipped = torch.cat([-second, first], -1)
-        turned = part * cos + flipped * sin
+        turned = torch.addcmul(part * cos, flipped, sin)
         return turned if whole else torch.cat([turned, x[..., self.rotary_dim :]], -1)
 
     def _scores(self, scores: Tensor, scale: float) -> Tensor:
         scores = scores * scale
         return torch.tanh(scores / self.soft_cap) * self.soft_cap if self.soft_cap > 0 else scores
 
-    def _attend_own(
-        self, layer: _Layer, index: int, q: Tensor, k: Tensor, v: Tensor, pack: Pack, queries: Layout, cache: Cache,
-        edits: Edits, capture: Capture, see_pattern: bool,
+    def _attend(
+        self, layer: _Layer, index: int, q: Tensor, keys: Tensor, values: Tensor, pack: Pack, queries: Layout,
+        edits: Edits, capture: Capture, seen: bool,
     ) -> Tensor:  # fmt: skip
-        """Attention of whole prompts, or of new tokens to a cache that grows: one item per example."""
+        """Attention of each item's queries to its keys and values [item, head, key, d], at absolute positions."""
         n_kv, group = self.n_kv_heads, self.n_heads // self.n_kv_heads
-        rows = pack.all.rows
-        # Rows are ordered by item: which row of the cache an item is, is its place, whatever prompt it comes from.
-        cache.keys[index][pack.all.item, :, rows.position] = k
-        cache.values[index][pack.all.item, :, rows.position] = v
-        n_keys = min(pack.n_past + pack.all.width, cache.keys[index].shape[2])
-        keys, values = cache.keys[index][:, :, :n_keys], cache.values[index][:, :, :n_keys]
-        key_position = torch.arange(n_keys, device=q.device)
-        mask_key = ("own", queries is pack.last, layer.window)
-        if mask_key not in pack._masks:
-            query = queries.positions(0)[:, :, None]
-            allowed = key_position <= query
-            if layer.window is not None:
-                allowed = allowed & (key_position > query - layer.window)
-            pack._masks[mask_key] = allowed[:, None]
-        mask = pack._masks[mask_key]
-        padded = queries.pad(q).transpose(1, 2)
-        if not see_pattern and self.soft_cap <= 0:
-            z = F.scaled_dot_product_attention(
-                padded, keys, values, attn_mask=mask, scale=layer.scale, enable_gqa=group > 1
-            )
-            return queries.pack(z.transpose(1, 2))
-        n_items, _, width, d = padded.shape
-        grouped = padded.reshape(n_items, n_kv, group * width, d)
-        scores = self._scores(grouped @ keys.mT, layer.scale).view(n_items, self.n_heads, width, -1)
-        pattern = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        if see_pattern:
-            packed = queries.pack(pattern.transpose(1, 2))
-            packed = _tap("pattern", index, packed, queries, edits, capture)
-            pattern = queries.pad(packed).transpose(1, 2)
-        z = pattern.reshape(n_items, n_kv, group * width, -1) @ values
-        return queries.pack(z.view(n_items, self.n_heads, width, d).transpose(1, 2))
+        buckets = pack.buckets(queries)
+        if seen:
+            buckets = [Bucket(pack, queries, None)]
+        out = q.new_empty(q.shape) if len(buckets) > 1 else None
+        for bucket in buckets:
+            mine_k, mine_v = (x if bucket.items is None else x[bucket.items] for x in (keys, values))
+            padded, mask = bucket.pad(q), bucket.mask(layer.window)
+            if not seen and self.soft_cap <= 0:
+                z = F.scaled_dot_product_attention(
+                    padded, mine_k, mine_v, attn_mask=mask, scale=layer.scale, enable_gqa=group > 1
+                )
+            else:
+                shape = (bucket.n_items, n_kv, group * bucket.width)
+                scores = self._scores(padded.reshape(*shape, self.d_head) @ mine_k.mT, layer.scale)
+                scores = scores.view(bucket.n_items, self.n_heads, bucket.width, -1)
+                pattern = (scores if mask is None else scores + mask).softmax(-1)
+                if seen:
+                    rows = queries.pack(pattern.transpose(1, 2))
+                    pattern = queries.pad(_tap("pattern", index, rows, queries, edits, capture)).transpose(1, 2)
+                z = (pattern.reshape(*shape, -1) @ mine_v).view(*padded.shape)
+            out = bucket.pack_into(out, z)
+        assert out is not None
+        return out
 
-    def _attend_past(
-        self, layer: _Layer, index: int, q: Tensor, k: Tensor, v: Tensor, pack: Pack, queries: Layout, past: Cache,
-        edits: Edits, capture: Capture, see_pattern: bool,
-    ) -> Tensor:  # fmt: skip
-        """Attention of many cells: to clean keys before the item's start, which its cells share, and to its own."""
-        e, m, n_kv, group, d = pack.n_examples, pack.n_cells, self.n_kv_heads, self.n_heads // self.n_kv_heads, self.d_head
+    def _attend_split(
+        self, layer: _Layer, index: int, q: Tensor, k: Tensor, v: Tensor, pack: Pack, queries: Layout, past: Cache
+    ) -> Tensor:
+        """Attention of many cells with few rows each: to clean keys, which an example's cells share, and to their own."""
+        e, m, n_kv, group, d = (
+            pack.n_examples,
+            pack.n_cells,
+            self.n_kv_heads,
+            self.n_heads // self.n_kv_heads,
+            self.d_head,
+        )
         width, own_width, n_past = queries.width, pack.all.width, pack.n_past
         q6 = queries.pad(q).view(e, m, width, n_kv, group, d).permute(0, 3, 1, 4, 2, 5).contiguous()
         k5 = pack.all.pad(k).view(e, m, own_width, n_kv, d).permute(0, 3, 1, 2, 4)
         v5 = pack.all.pad(v).view(e, m, own_width, n_kv, d).permute(0, 3, 1, 2, 4)
-        own_scores = q6.view(e, n_kv, m, group * width, d) @ k5.mT
-        scores = own_scores.view(e, n_kv, m, group, width, own_width)
-        if n_past:
-            keys = past.keys[index][:, :, :n_past]
-            past_scores = q6.view(e, n_kv, m * group * width, d) @ keys.mT
-            scores = torch.cat([past_scores.view(e, n_kv, m, group, width, n_past), scores], -1)
-        mask = pack.mask(queries, layer.window)
-        pattern = self._scores(scores, layer.scale).masked_fill(~mask, float("-inf")).softmax(-1)
-        if see_pattern:
-            pattern = self._tap_pattern(index, pattern, pack, queries, edits, capture)
-        z = pattern[..., n_past:].reshape(e, n_kv, m, group * width, own_width) @ v5
-        z = z.view(e, n_kv, m * group * width, d)
-        if n_past:
-            values = past.values[index][:, :, :n_past]
-            z = z + pattern[..., :n_past].reshape(e, n_kv, m * group * width, n_past) @ values
+        own_scores = (q6.view(e, n_kv, m, group * width, d) @ k5.mT).view(e, n_kv, m, group, width, own_width)
+        keys, values = past.keys[index][:, :, :n_past], past.values[index][:, :, :n_past]
+        past_scores = (q6.view(e, n_kv, m * group * width, d) @ keys.mT).view(e, n_kv, m, group, width, n_past)
+        scores = self._scores(torch.cat([past_scores, own_scores], -1), layer.scale)
+        mask = pack.split_mask(queries, layer.window)
+        pattern = (scores if mask is None else scores + mask).softmax(-1)
+        z = (pattern[..., n_past:].reshape(e, n_kv, m, group * width, own_width) @ v5).view(e, n_kv, -1, d)
+        z = z + pattern[..., :n_past].reshape(e, n_kv, m * group * width, n_past) @ values
         z = z.view(e, n_kv, m, group, width, d).permute(0, 2, 4, 1, 3, 5).reshape(e * m, width, self.n_heads, d)
         return queries.pack(z)
-
-    def _tap_pattern(
-        self, index: int, pattern: Tensor, pack: Pack, queries: Layout, edits: Edits, capture: Capture
-    ) -> Tensor:
-        """Edit a pattern over (clean keys, own keys) as one over absolute source positions."""
-        e, n_kv, m, group, width, _ = pattern.shape
-        n_src = pack.n_past + pack.all.width
-        own_source = pack.start.view(e, 1, m, 1, 1, 1) + torch.arange(pack.all.width, device=pattern.device)
-        own_source = own_source.expand(e, n_kv, m, group, width, -1)
-        past = pattern[..., : pack.n_past]
-        full = F.pad(past, (0, pack.all.width)).scatter_add(-1, own_source, pattern[..., pack.n_past :])
-        rows = full.permute(0, 2, 4, 1, 3, 5).reshape(e * m, width, self.n_heads, n_src)
-        rows = _tap("pattern", index, queries.pack(rows), queries, edits, capture)
-        full = queries.pad(rows).view(e, m, width, n_kv, group, n_src).permute(0, 3, 1, 4, 2, 5)
-        before = torch.arange(pack.n_past, device=pattern.device) < pack.start.view(e, 1, m, 1, 1, 1)
-        return torch.cat([full[..., : pack.n_past] * before, full.gather(-1, own_source)], -1)
-
-
-def whole_pack(
-    prompts: Prompts,
-    index: Int[Tensor, " item"] | None = None,
-    start: Int[Tensor, " item"] | None = None,
-    stop: Int[Tensor, " item"] | None = None,
-    *,
-    read: Bool[Tensor, "item pos"] | None = None,
-) -> Pack:
-    """One item for each of the right-padded prompts in `index` (None: all), from `start` to `stop - 1` (None: whole)."""
-    device = prompts.tokens.device
-    which = torch.arange(len(prompts), device=device) if index is None else index
-    first = torch.zeros_like(which) if start is None else start
-    last = prompts.lengths[which] if stop is None else stop
-    wanted = None if read is None else read[:, None]
-    return Pack(lambda e, p, c: Rows(prompts, which[e], p, c), first[:, None], last[:, None], wanted)
 
 
 def _tap(kind: str, layer: int, x: Tensor, layout: Layout, edits: Edits, capture: Capture) -> Tensor:

@@ -435,6 +435,21 @@ def test_kl_from_baseline(seeds: tuple[int, int], where: str, scale: float) -> N
         close(kl(base.run()), torch.zeros(4))
 
 
+def test_a_large_vocabulary_is_no_different() -> None:
+    # So large that a few rows are taken at a time.
+    run, d_vocab = CASE.run(), 100_000
+    read = TeacherForcedCE().reads(run.prompts)
+    ours, theirs = torch.randn(2, int(read.sum()), d_vocab, generator=torch.Generator().manual_seed(0))
+    run, base = (Run(run.prompts, rows, read, run.activations, run.example) for rows in (ours, theirs))
+    first = torch.tensor([0, 5, 6, 8])  # where each completion starts
+    close(TokenProb([3, 99_999])(run), ours.softmax(1)[first][:, [3, 99_999]].sum(1))
+    nll = F.cross_entropy(ours, run.prompts.tokens[run.prompts.span("completion")], reduction="none")
+    close(TeacherForcedCE()(run), torch.stack([part.mean() for part in nll.tensor_split(first[1:])]))
+    kl = (theirs.softmax(1) * (theirs.log_softmax(1) - ours.log_softmax(1))).sum(1)
+    expected = torch.stack([part.mean() for part in kl.tensor_split(first[1:])])
+    torch.testing.assert_close(KLFromBaseline(base, where="completion")(run), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_the_baseline_may_have_computed_fewer_logits() -> None:
     read = TeacherForcedCE().reads(OTHER.prompts())
     less = KLFromBaseline(OTHER.run(read=read), where="completion")
@@ -442,10 +457,9 @@ def test_the_baseline_may_have_computed_fewer_logits() -> None:
 
 
 @pytest.mark.parametrize("measure", ["cosine", "mse"])
-@pytest.mark.parametrize("at", ["decision", "last", "all", "prefix and on", "completion", 1, -2])
+@pytest.mark.parametrize("at", ["decision", "last", "all", "user", "completion", 1, -2])
 @pytest.mark.parametrize("head", [None, 1])
 def test_state_match(measure: str, at: str | int, head: int | None) -> None:
-    at = "user" if at == "prefix and on" else at
     expected = []
     for ours, theirs, shape in zip(CASE.z, OTHER.z, CASE.shapes, strict=True):
         edges = [0, *(sum(shape[: i + 1]) for i in range(4))]
@@ -469,11 +483,11 @@ def test_a_state_matches_itself_best() -> None:
 
 
 def test_states_are_counted_from_the_end_when_prefixes_differ_in_length() -> None:
-    # The same states after a prefix that is two tokens longer, in which every prompt is alike.
+    # The same states after a prefix that is two tokens longer, and before one more token of completion.
     longer = make_case(0)
-    longer.shapes = tuple((shape[0], shape[1] + 2, *shape[2:]) for shape in longer.shapes)
+    longer.shapes = tuple((s[0], s[1] + 2, s[2], s[3] + 1) for s in longer.shapes)
     for name in ("tokens", "resid", "z", "logits"):
-        setattr(longer, name, [torch.cat([values[:2], values]) for values in getattr(longer, name)])
+        setattr(longer, name, [torch.cat([v[:2], v, v[-1:]]) for v in getattr(longer, name)])
     for at in ("decision", "user", "completion", "last", -1):
         match = StateMatch(target(longer), RESID, at=at, align="end")
         close(match(CASE.run("left")), torch.ones(4))

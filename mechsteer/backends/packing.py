@@ -1,0 +1,217 @@
+"""Which tokens a packed forward pass computes, and how they stand as rows and as rectangles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechsteer.prompts import Prompts
+from mechsteer.rows import Rows
+
+
+class Layout:
+    """Rows of items as a rectangle [item, width]: where each row stands in it."""
+
+    def __init__(
+        self, rows: Rows, item: Int[Tensor, " row"], slot: Int[Tensor, " row"], n_items: int, width: int
+    ) -> None:
+        self.rows, self.n_items, self.width = rows, n_items, width
+        self.dense = rows.position.shape[0] == n_items * width
+        self.index = item * width + slot
+        self.item = item
+
+    def pad(self, x: Float[Tensor, "row *feature"]) -> Float[Tensor, "item width *feature"]:
+        """Rows as the rectangle, zero where there is none."""
+        shape = (self.n_items, self.width, *x.shape[1:])
+        if self.dense:
+            return x.view(shape)
+        return x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy(0, self.index, x).view(shape)
+
+    def pack(self, x: Float[Tensor, "item width *feature"]) -> Float[Tensor, "row *feature"]:
+        """The rectangle's rows."""
+        flat = x.reshape(self.n_items * self.width, *x.shape[2:])
+        return flat if self.dense else flat[self.index]
+
+    def positions(self, fill: int) -> Int[Tensor, "item width"]:
+        """Absolute position at each place; `fill` where there is no row."""
+        full = self.index.new_full((self.n_items * self.width,), fill)
+        return full.index_copy(0, self.index, self.rows.position).view(self.n_items, self.width)
+
+
+class Pack:
+    """Which tokens a forward pass computes: `cells` cells of every example, each from its own position on.
+
+    Items are ordered by example, then cell; rows by item, then position.
+
+    Attributes:
+        n_examples, n_cells: items are their product.
+        start: first recomputed position of each item.
+        group_of_row: which example, in the order given, each row belongs to.
+        all: layout of all rows.
+        last: layout of the rows that the last layer is asked for.
+    """
+
+    def __init__(
+        self,
+        rows_of: Callable[[Tensor, Tensor, Tensor], Rows],
+        start: Int[Tensor, "group cell"],
+        stop: Int[Tensor, "group cell"],
+        read: Bool[Tensor, "group cell pos"] | None,
+    ) -> None:
+        """
+        Args:
+            rows_of: makes Rows from (which example, position, cell) of each row.
+            start: first position to compute.
+            stop: one after the last.
+            read: positions that the last layer must give; None for all.
+        """
+        self.start = start
+        self.n_examples, self.n_cells = start.shape
+        n_items = start.numel()
+        width = max(0, int((stop - start).max()))
+        offset = torch.arange(width, device=start.device)
+        position = start.reshape(-1, 1) + offset
+        inside = position < stop.reshape(-1, 1)
+        item, slot = inside.nonzero(as_tuple=True)
+        position = position[item, slot]
+        group, cell = item // self.n_cells, item % self.n_cells
+        self.group_of_row = group
+        self.all = Layout(rows_of(group, position, cell), item, slot, n_items, width)
+        self.last, self.last_index = self.all, None
+        if read is not None:
+            keep = read.reshape(n_items, -1)[item, position].nonzero().squeeze(1)
+            if keep.shape[0] < item.shape[0]:
+                kept_item = item[keep]
+                count = torch.zeros(n_items, dtype=torch.long, device=start.device)
+                count = count.index_add(0, kept_item, torch.ones_like(kept_item))
+                before = count.cumsum(0) - count
+                kept_slot = torch.arange(len(keep), device=start.device) - before[kept_item]
+                self.last = Layout(self.all.rows[keep], kept_item, kept_slot, n_items, max(1, int(count.max())))
+                self.last_index = keep
+        self.n_past = int(start.max())
+        self.n_keys = int(stop.max())
+        # Recomputing few of many positions, cells share the clean keys; else each gets its own copy of all keys.
+        self.sparse = 4 * item.shape[0] < n_items * self.n_keys
+        self._memo: dict[Any, Any] = {}
+
+    def buckets(self, queries: Layout) -> "list[Bucket]":
+        """The items in groups of like width, so that little of the attention is padding."""
+        key = ("buckets", queries is self.last)
+        if key not in self._memo:
+            n_items, rows = self.all.n_items, queries.item.shape[0]
+            wide = n_items * queries.width > 1.3 * rows and n_items >= 8 and queries.width >= 8
+            counts = torch.zeros(n_items, dtype=torch.long, device=self.start.device)
+            counts = counts.index_add(0, queries.item, torch.ones_like(queries.item))
+            groups = counts.argsort(descending=True, stable=True).chunk(4) if wide else [None]
+            self._memo[key] = [Bucket(self, queries, items) for items in groups]
+        return self._memo[key]
+
+    def split_mask(self, queries: Layout, window: int | None) -> Tensor | None:
+        """What to add to scores of each query with (clean keys before the item's start, its own keys): 0 or -inf.
+
+        None where every query attends to every key.
+        """
+        key = ("split", queries is self.last, window)
+        if key not in self._memo:
+            shape = (self.n_examples, 1, self.n_cells, 1)
+            query = queries.positions(-1).view(*shape, queries.width, 1)
+            start = self.start.reshape(*shape, 1, 1)
+            past = torch.arange(self.n_past, device=start.device).expand(*shape, 1, -1)
+            own = self.all.positions(1 << 30).view(*shape, 1, self.all.width)
+            allowed = torch.cat([(past < start) & (past <= query), own <= query], -1)
+            if window is not None:
+                allowed = allowed & torch.cat([past > query - window, own > query - window], -1)
+            self._memo[key] = _additive(allowed, query < 0)
+        return self._memo[key]
+
+    def rotary(self, queries: Layout, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sine and cosine of each row's position [row, 1, rotary_dim]."""
+        key = ("rotary", queries is self.last, id(tables))
+        if key not in self._memo:
+            position = queries.rows.position
+            self._memo[key] = tables[0][position][:, None], tables[1][position][:, None]
+        return self._memo[key]
+
+
+class Bucket:
+    """Some items of a pack, and where their rows stand in rectangles of their own.
+
+    Attributes:
+        items: which, in the order of the rectangle; None for all in order.
+        rows: their rows among the queries; None for all in order.
+        place: where each of them stands in [item, width]; None where the rectangle is full.
+    """
+
+    def __init__(self, pack: Pack, queries: Layout, items: Tensor | None) -> None:
+        self.items, self.pack = items, pack
+        self.n_items = queries.n_items if items is None else items.shape[0]
+        if items is None:
+            self.rows, self.width = None, queries.width
+            self.place = None if queries.dense else queries.index
+            self._query = queries.positions(-1)
+        else:
+            position = queries.positions(-1)[items]
+            real = position >= 0
+            self.width = int(real.sum(1).max()) if real.numel() else 0
+            self._query = position[:, : self.width]
+            full = queries.index.new_full((queries.n_items * queries.width,), -1)
+            full = full.index_copy(0, queries.index, torch.arange(queries.index.shape[0], device=items.device))
+            row = full.view(queries.n_items, queries.width)[items][:, : self.width].reshape(-1)
+            self.place = (row >= 0).nonzero().squeeze(1)
+            self.rows = row[self.place]
+            if self.place.shape[0] == row.shape[0]:
+                self.place = None
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Query rows [row, head, d] as [item, head, width, d]."""
+        own = x if self.rows is None else x[self.rows]
+        if self.place is not None:
+            own = x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy(0, self.place, own)
+        return own.view(self.n_items, self.width, *x.shape[1:]).transpose(1, 2)
+
+    def pack_into(self, out: Tensor | None, padded: Tensor) -> Tensor:
+        """[item, head, width, d] as query rows, in `out` where other buckets have theirs."""
+        flat = padded.transpose(1, 2).reshape(self.n_items * self.width, padded.shape[1], padded.shape[3])
+        own = flat if self.place is None else flat[self.place]
+        if self.rows is None or out is None:
+            return own
+        return out.index_copy(0, self.rows, own)
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """What to add to the scores [item, 1, width, key] of absolute key positions: 0 or -inf. None for nothing."""
+        if window not in self._masks:
+            query = self._query[:, None, :, None]
+            key = torch.arange(self.pack.n_keys, device=query.device)
+            allowed = key <= query
+            if window is not None:
+                allowed = allowed & (key > query - window)
+            self._masks[window] = _additive(allowed, query < 0)
+        return self._masks[window]
+
+
+def _additive(allowed: Bool[Tensor, "*shape key"], empty: Bool[Tensor, "*shape one"]) -> Tensor | None:
+    """A mask as what is added to scores. A place without a query attends to all, so that no softmax is over nothing."""
+    allowed = allowed | empty
+    if bool(allowed.all()):
+        return None
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, float("-inf"))
+
+
+def whole_pack(
+    prompts: Prompts,
+    index: Int[Tensor, " item"] | None = None,
+    start: Int[Tensor, " item"] | None = None,
+    stop: Int[Tensor, " item"] | None = None,
+    *,
+    read: Bool[Tensor, "item pos"] | None = None,
+) -> Pack:
+    """One item for each of the right-padded prompts in `index` (None: all), from `start` to `stop - 1` (None: whole)."""
+    device = prompts.tokens.device
+    which = torch.arange(len(prompts), device=device) if index is None else index
+    first = torch.zeros_like(which) if start is None else start
+    last = prompts.lengths[which] if stop is None else stop
+    wanted = None if read is None else read[:, None]
+    return Pack(lambda e, p, c: Rows(prompts, which[e], p, c), first[:, None], last[:, None], wanted)
