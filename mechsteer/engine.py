@@ -39,9 +39,9 @@ def shape_of(cell: Cell) -> tuple[Any, ...]:
 
 
 def _stage(site: Site) -> int:
-    """When a forward pass meets a site: 2 for each layer before it, and one more from `resid_mid` on; -1 for embeddings.
+    """When a forward pass meets a site: 2 for each layer before it, and one more from `resid_mid` on.
 
-    `resid_post` of a layer is met when the next one starts.
+    `resid_post` of a layer is met when the next one starts; embeddings are at -1.
     """
     return -1 if site.layer is None else 2 * site.layer + _STAGES.get(site.kind, 0)
 

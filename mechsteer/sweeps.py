@@ -81,6 +81,12 @@ def sweep(
     began = time.perf_counter()
     right = model.prompts(prompts).padded("right")
     measures = _named(measure, axes)
+    for name, each in measures.items():
+        if each.n_examples not in (None, len(right)):
+            raise MechsteerError(
+                f"Objective {name!r} holds values for {each.n_examples} prompts, and {len(right)} are swept. "
+                "Make it from the same prompts."
+            )
     values = {name: list(each) for name, each in axes.items()}
     labels = {name: _labels(name, each) for name, each in values.items()}
     cells = [_cell(build, dict(zip(values, each, strict=True))) for each in itertools.product(*values.values())]
@@ -182,8 +188,14 @@ class BatchSize:
 
 
 def _run_chunk(
-    engine: Engine, groups: Sequence[Group], cells: Sequence[Cell], chunk: Tensor, store: "Store", size: BatchSize, shown: Bar
-) -> None:  # fmt: skip
+    engine: Engine,
+    groups: Sequence[Group],
+    cells: Sequence[Cell],
+    chunk: Tensor,
+    store: "Store",
+    size: BatchSize,
+    shown: Bar,
+) -> None:
     """All cells on some of the prompts."""
     local = chunk.cpu().numpy()
     todo = []
@@ -225,7 +237,7 @@ def _run_chunk(
                 continue
             arrays = {name: value.float().cpu().numpy() for name, value in values.items()}
             seconds = time.perf_counter() - began
-            size.report(n_rows, engine.work.least - before if group.packed else n_rows, seconds)
+            size.report(n_rows, engine.work.least - before if group.packed else float(n_rows), seconds)
             store.add(members, local, arrays)
             shown.advance(n_cells * len(local))
             left = left[n_cells:]

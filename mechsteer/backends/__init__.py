@@ -28,12 +28,10 @@ else:
     Hooked = Any
 
 # Settings that say where a model is, what it is called or what its hooks show, not what it computes.
-_NOT_COMPUTED_WITH = frozenset(
-    ("device", "n_devices", "seed", "init_mode", "init_weights", "initializer_range", "model_name", "tokenizer_name")
-    + ("default_prepend_bos", "tokenizer_prepends_bos", "trust_remote_code", "_name_or_path", "transformers_version")
-    + ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in", "use_attn_in", "use_hook_tokens", "use_cache")
-    + ("ungroup_grouped_query_attention", "checkpoint_index", "checkpoint_label_type", "checkpoint_value")
-)
+_NOT_COMPUTED_WITH = """device n_devices seed init_mode init_weights initializer_range model_name tokenizer_name default_prepend_bos
+tokenizer_prepends_bos trust_remote_code _name_or_path transformers_version use_attn_result use_split_qkv_input
+use_hook_mlp_in use_attn_in use_hook_tokens use_cache ungroup_grouped_query_attention checkpoint_index
+checkpoint_label_type checkpoint_value"""
 
 BACKENDS = ("hooked_transformer", "bridge")
 
@@ -121,7 +119,8 @@ def fingerprint(hooked: Any) -> tuple[Any, ...]:
 def weights_hash(hooked: Any) -> str:
     """SHA-256 of the settings that matter for what is computed, and of names, shapes and values of all parameters."""
     config = hooked.original_model.config if backend_of(hooked) == "bridge" else hooked.cfg
-    settings = {key: str(value) for key, value in config.to_dict().items() if key not in _NOT_COMPUTED_WITH}
+    skipped = set(_NOT_COMPUTED_WITH.split())
+    settings = {key: str(value) for key, value in config.to_dict().items() if key not in skipped}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, parameter in hooked.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
@@ -176,8 +175,8 @@ def build_decoder(hooked: Any) -> Any:
     worst = float((got - expected).abs().max())
     if not worst <= tolerance:
         warnings.warn(
-            f"mechsteer's packed forward pass differs by {worst:.2g} from {hooked.cfg.model_name}'s own and is not used: "
-            "sweeps and generation are slower.",
+            f"mechsteer's packed forward pass differs by {worst:.2g} from that of {hooked.cfg.model_name} and is not "
+            "used: sweeps and generation are slower.",
             stacklevel=2,
         )
         return None

@@ -40,7 +40,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Cache:
-    """Keys (rotated) and values [layer, example, head, pos, d_head] of whole prompts, and how many positions hold some."""
+    """Keys (rotated) and values of each layer [example, head, pos, d_head]."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -109,7 +109,7 @@ class Capture:
 
 
 class Decoder:
-    """The forward pass. Build it with `Decoder.of(hooked)`, which gives None for architectures that it does not cover."""
+    """The forward pass; `Decoder.of(hooked)` makes one, or gives None for architectures that it does not cover."""
 
     def __init__(self, hooked: Any) -> None:
         cfg = hooked.cfg
@@ -420,7 +420,7 @@ class Decoder:
     def _attend_split(
         self, layer: _Layer, index: int, q: Tensor, k: Tensor, v: Tensor, pack: Pack, queries: Layout, past: Cache
     ) -> Tensor:
-        """Attention of many cells with few rows each: to clean keys, which an example's cells share, and to their own."""
+        """Attention of cells with few rows each: to clean keys, which an example's cells share, and to their own."""
         e, m, n_kv, group, d = (
             pack.n_examples,
             pack.n_cells,

@@ -208,7 +208,7 @@ def whole_pack(
     *,
     read: Bool[Tensor, "item pos"] | None = None,
 ) -> Pack:
-    """One item for each of the right-padded prompts in `index` (None: all), from `start` to `stop - 1` (None: whole)."""
+    """One item for each of the right-padded prompts in `index` (None: all), from `start` to before `stop`."""
     device = prompts.tokens.device
     which = torch.arange(len(prompts), device=device) if index is None else index
     first = torch.zeros_like(which) if start is None else start

@@ -250,7 +250,7 @@ def test_tokens_that_are_none(llama: Model) -> None:
     with pytest.raises(MechsteerError, match=r"Token id 128 does not exist: llama has ids 0 to 127"):
         from_unembedding(llama, 4, minus=128)
     with pytest.raises(
-        MechsteerError, match=r"nearest_tokens takes a Direction of width d_model, and this is at blocks"
+        MechsteerError, match=r"nearest_tokens needs a Direction in the residual stream, and this is"
     ):
         Direction(torch.ones(16), Site("z", 0, head=1)).nearest_tokens(llama)
 

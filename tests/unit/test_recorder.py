@@ -195,6 +195,7 @@ def test_an_interrupted_recording_continues_to_the_same_bits(
     recording = record_stream(model, parts(some_prompts()), SITES, tmp_path, **OPTIONS)
     assert recording.complete
     assert sum(ran) == 12 - done, "finished prompts are not run again"
+    assert len(list(tmp_path.glob("statistics-*"))) == 1, "older statistics are removed"
     assert contents(tmp_path) == uninterrupted
 
 
