@@ -13,6 +13,7 @@ from torch import Tensor
 from mechsteer.activations import ModelId
 from mechsteer.errors import MechsteerError
 from mechsteer.files import open_tensors, save_tensors, stamp
+from mechsteer.prompts import Prompts
 from mechsteer.result import Result, as_json, provenance
 from mechsteer.site import Site
 
@@ -100,12 +101,12 @@ class Direction:
             )
         return self._derived(self.vectors / self.norm, "unit", norm=self.norm)
 
-    def __mul__(self, factor: float) -> "Direction":
+    def __mul__(self, factor: float | int) -> "Direction":
         return self._derived(self.vectors * factor, "scaled", factor=float(factor))
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: float) -> "Direction":
+    def __truediv__(self, divisor: float | int) -> "Direction":
         return self * (1 / divisor)
 
     def __neg__(self) -> "Direction":
@@ -198,12 +199,13 @@ class Direction:
             raise MechsteerError(
                 f"nearest_tokens needs a Direction in the residual stream, and this is at {self.site}."
             )
-        matrix = model.unembedding().float()
-        unit = self.unit.vector.to(matrix)
+        # Some models have more columns than there are tokens, for round numbers.
+        matrix = model.unembedding()[:, : len(model.tokenizer)].detach().float()
+        unit = self.unit.vector.detach().to(matrix)
         cosines = unit @ matrix / torch.linalg.vector_norm(matrix, dim=0).clamp(min=torch.finfo(matrix.dtype).tiny)
-        best = cosines.topk(min(k, len(cosines)))
-        ids, values = best.indices.tolist(), best.values.tolist()
-        return [(model.tokenizer.decode([token]), value) for token, value in zip(ids, values, strict=True)]
+        values, ids = cosines.topk(min(k, len(cosines)))
+        tokens = Prompts.from_ids(ids[:, None], tokenizer=model.tokenizer)
+        return [(tokens.str_tokens(row)[0], value) for row, value in enumerate(values.tolist())]
 
     # --- files
 

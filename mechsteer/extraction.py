@@ -307,6 +307,8 @@ def _token_id(model: "Model", token: str | int) -> int:
                 f"{token!r} is {len(ids)} tokens of {model.name} ({', '.join(map(repr, pieces))}). Pass a text that is "
                 "one token, or an id."
             )
+        if ids[0] == model.tokenizer.unk_token_id and token != model.tokenizer.unk_token:
+            raise MechsteerError(f"{token!r} is unknown to the tokenizer of {model.name}. Pass another text, or an id.")
         return ids[0]
     if not 0 <= token < model.d_vocab:
         raise MechsteerError(f"Token id {token} does not exist: {model.name} has ids 0 to {model.d_vocab - 1}.")

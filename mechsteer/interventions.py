@@ -1,69 +1,26 @@
-"""Interventions: what is done to an activation, where, and how strongly. Frozen values, all of one kind.
+"""Interventions: what is done to an activation, where, and how strongly. Frozen values, all of one kind."""
 
-Each class says in `_edit` how it changes the activations of some tokens, given as rows [row, ...] of one or of many
-cells. Hooks, generation and the sweep engine all call that one function.
-"""
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from mechsteer.activations import Activations
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
+from mechsteer.hooks import Column as Column
+from mechsteer.hooks import Edit, Intervention, check
+from mechsteer.hooks import fwd_hooks as fwd_hooks
+from mechsteer.hooks import stacked_hooks as stacked_hooks
 from mechsteer.prompts import Prompts
-from mechsteer.rows import At, Rows, check_at, normalise_at, stack_numbers, touched
+from mechsteer.rows import Rows, last_touched, normalise_at, stack_numbers
 from mechsteer.site import Site, SiteLike
 
 if TYPE_CHECKING:
     from mechsteer.model import Model
-
-Edit = Callable[[Tensor, Rows], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Intervention(ABC):
-    """A change of the activations at a site. Use `Add`, `Replace`, `Ablate`, `Scale` or `SoftPrefix`.
-
-    Attributes:
-        site: where; its head, where it has one, is the only one changed.
-        at: which tokens: None for all (BOS and generated ones too), absolute positions, or the name of a span of the
-            prompts ("prefix", "user", "completion", "scaffold", "slots"). Generated tokens are of the completion.
-    """
-
-    site: Site
-    at: At
-
-    def sites(self, n_layers: int) -> tuple[Site, ...]:
-        """The hook points that it changes in a model of `n_layers` blocks."""
-        return (self.site.point,)
-
-    @property
-    def layer(self) -> int:
-        """The earliest layer that it touches; -1 before the first."""
-        return self.site.order[0]
-
-    @classmethod
-    @abstractmethod
-    def _edit(cls, cells: Sequence[Any], like: Tensor) -> Edit:
-        """The change that each cell's intervention makes, as one function of (values [row, *feature], rows).
-
-        Args:
-            cells: interventions of this class, one per cell; rows say which cell they belong to.
-            like: gives dtype and device.
-        """
-
-    def _check(self, model: "Model", prompts: Prompts) -> None:
-        """Refuse values that do not fit the model or the prompts."""
-
-    def fwd_hooks(self, model: "Model", prompts: Prompts | None = None) -> list[tuple[str, Callable[..., Tensor]]]:
-        """Plain TransformerLens hooks; see `fwd_hooks`, which takes several interventions."""
-        return fwd_hooks([self], model, prompts)
 
 
 def _site_of(site: SiteLike | None, direction: Direction | None, name: str) -> Site:
@@ -73,11 +30,9 @@ def _site_of(site: SiteLike | None, direction: Direction | None, name: str) -> S
 
 
 def _number(value: float | Tensor, name: str) -> float | Tensor:
-    if isinstance(value, Tensor):
-        if value.ndim == 0:
-            return float(value)
+    if isinstance(value, Tensor) and (value.ndim or value.requires_grad):
         if value.ndim > 1:
-            raise MechsteerError(f"{name} has shape {tuple(value.shape)}. Pass one number, or one per example [batch].")
+            raise MechsteerError(f"{name} has shape {list(value.shape)}. Pass one number, or one per example [batch].")
         if not bool(torch.isfinite(value).all()):
             raise MechsteerError(f"{name} holds NaN or infinity. Pass finite numbers.")
         return value
@@ -88,7 +43,7 @@ def _number(value: float | Tensor, name: str) -> float | Tensor:
 
 
 def _check_batch(value: float | Tensor, prompts: Prompts, name: str) -> None:
-    if isinstance(value, Tensor) and value.shape[0] != len(prompts):
+    if isinstance(value, Tensor) and value.ndim and value.shape[0] != len(prompts):
         raise MechsteerError(
             f"{name} has {value.shape[0]} numbers for {len(prompts)} prompts. Pass one number, or one per prompt."
         )
@@ -138,7 +93,9 @@ class Add(Intervention):
         """
         given = _as_direction(direction, site, "Add")
         if given.vectors.shape[0] != 1:
-            raise MechsteerError(f"Add got {given.vectors.shape[0]} vectors and adds one. Pass them to Ablate, or pick one.")
+            raise MechsteerError(
+                f"Add got {given.vectors.shape[0]} vectors and adds one. Pass them to Ablate, or pick one."
+            )
         where = _site_of(site, given, "Add")
         object.__setattr__(self, "site", where)
         object.__setattr__(self, "at", normalise_at(at, where.pos))
@@ -155,15 +112,22 @@ class Add(Intervention):
             if isinstance(alpha, Tensor):
                 alpha = alpha.view(-1, *[1] * (values.ndim - 1))
             if which is None:
-                return torch.addcmul(values, alpha, vectors[0]) if isinstance(alpha, Tensor) else values + alpha * vectors[0]
+                return (
+                    torch.addcmul(values, alpha, vectors[0])
+                    if isinstance(alpha, Tensor)
+                    else values + alpha * vectors[0]
+                )
             added = vectors[which[rows.cell]].view(-1, *[1] * (values.ndim - 2), values.shape[-1])
             return values + alpha * added
 
         return edit
 
-    def _check(self, model: "Model", prompts: Prompts) -> None:
+    def check_model(self, model: "Model") -> None:
         self.direction.check_fits(model)
         model.check_width(self.site, self.direction.vectors.shape[-1], "Add")
+
+    def check_prompts(self, prompts: Prompts, *, n_new: int = 0) -> None:
+        super().check_prompts(prompts, n_new=n_new)
         _check_batch(self.alpha, prompts, "alpha")
 
     def to_weights(self, model: "Model") -> "Model":
@@ -175,10 +139,10 @@ class Add(Intervention):
         """
         if self.site.kind not in ("resid_post", "mlp_out") or self.at is not None or isinstance(self.alpha, Tensor):
             raise MechsteerError(
-                f"{self!r} has no equal in the weights: only one alpha at resid_post or mlp_out at all tokens has. "
-                "Use it as an intervention."
+                f"Add at {self.site} with at={self.at!r} has no equal in the weights: one alpha for all tokens of all "
+                "examples at resid_post or mlp_out has. Use it as an intervention."
             )
-        self._check(model, Prompts.from_ids([[0]]))
+        check([self], model, None)
         assert self.site.layer is not None
         return model.with_bias(self.site.layer, self.alpha * self.direction.vectors[0])
 
@@ -255,56 +219,75 @@ class Replace(Intervention):
 
         return edit
 
-    def _check(self, model: "Model", prompts: Prompts) -> None:
+    @property
+    def placed(self) -> bool:
+        return super().placed or isinstance(self.value, Activations)
+
+    def check_model(self, model: "Model") -> None:
+        if isinstance(self.value, Activations):
+            model.check_same(self.value.model, f"The activations for Replace at {self.site}")
+            return
+        axes = self._feature_axes
+        sizes = [model.size(self.site, axis) for axis in axes]
+        got = self.value.shape[-len(axes) :]
+        fits = all(size in (given, None) for size, given in zip(sizes, got, strict=False))
+        if self.value.ndim not in (len(axes), len(axes) + 1) or not fits:
+            shape = ", ".join(f"{axis}={size}" if size else axis for axis, size in zip(axes, sizes, strict=True))
+            raise MechsteerError(
+                f"Replace at {self.site} got a value of shape {list(self.value.shape)}, but {model.name} has [{shape}] "
+                "there. Pass that for all tokens, or [batch, ...] for each example."
+            )
+
+    def check_prompts(self, prompts: Prompts, *, n_new: int = 0) -> None:
+        super().check_prompts(prompts, n_new=n_new)
         if not isinstance(self.value, Activations):
-            n_feature = len(self.site.axes) - 2 - (self.site.head is not None)
-            if self.value.ndim not in (n_feature, n_feature + 1):
-                raise MechsteerError(
-                    f"Replace at {self.site} got a value of shape {tuple(self.value.shape)}. "
-                    f"Pass {n_feature} axes for all tokens, or [batch, ...] for each example."
-                )
-            if n_feature and self.site.axes[-1] != "src":
-                model.check_width(self.site, self.value.shape[-1], "Replace")
-            if self.value.ndim > n_feature:
+            if self.value.ndim > len(self._feature_axes):
                 _check_batch(self.value, prompts, "value")
             return
-        model.check_same(self.value.model, f"The activations for Replace at {self.site}")
-        source = self.value.prompts
+        source = self.value.prompts.to(prompts.tokens.device)
         if len(source) not in (1, len(prompts)):
             raise MechsteerError(
                 f"Replace at {self.site} has activations of {len(source)} prompts, and {len(prompts)} are run. "
                 "Record as many, in the same order."
             )
-        short = (source.lengths != prompts.lengths).nonzero()
-        if self.at is None and len(short):
-            row = int(short[0, 0])
+        wrong = (
+            source.lengths != prompts.lengths if self.at is None else last_touched(self.at, prompts) >= source.lengths
+        )
+        if bool(wrong.any()):
+            row = int(wrong.int().argmax())
             raise MechsteerError(
                 f"Replace at {self.site}: prompt {row} has {int(prompts.lengths[row])} tokens and the activations "
-                f"{int(source.lengths[min(row, len(source) - 1)])}. Align the prompts, or choose tokens with at=."
+                f"{int(source.lengths[min(row, len(source) - 1)])}. Align the prompts, or choose tokens with at= that "
+                "both have."
             )
+
+    @property
+    def _feature_axes(self) -> tuple[str, ...]:
+        """Axes of the value of one token."""
+        tokens = ("batch", "pos", "dest") if self.site.head is None else ("batch", "pos", "dest", "head")
+        return tuple(axis for axis in self.site.axes if axis not in tokens)
 
 
 def _lookup(value: Activations | Tensor, site: Site, like: Tensor) -> Edit:
     """Values of the site for each row, as a function of (present values, rows)."""
+    scores = site.axes[-1] == "src"
     if isinstance(value, Tensor):
         constant = value.to(like)
 
         def from_constant(values: Tensor, rows: Rows) -> Tensor:
-            return (constant if constant.ndim < values.ndim else constant[rows.example]).expand_as(values)
+            taken = constant if constant.ndim < values.ndim else constant[rows.example]
+            return (_resized(taken, values.shape[-1]) if scores else taken).expand_as(values)
 
         return from_constant
     prompts, tensor = value.padded("right").prompts, value.padded("right")[site.point].to(like)
     lengths = prompts.lengths.to(like.device)
-    scores = site.axes[-1] == "src"
 
     def from_activations(values: Tensor, rows: Rows) -> Tensor:
         example = rows.example if len(prompts) > 1 else torch.zeros_like(rows.example)
         position = rows.position.clamp(max=tensor.shape[2 if scores else 1] - 1)
         if scores:
-            head = slice(None) if rows.head is None else rows.head
-            taken = tensor[example, head, position] if rows.head is not None else tensor[example, :, position]
-            n_src = values.shape[-1]
-            taken = torch.nn.functional.pad(taken, (0, max(0, n_src - taken.shape[-1])))[..., :n_src]
+            taken = tensor[example, :, position] if rows.head is None else tensor[example, rows.head, position]
+            taken = _resized(taken, values.shape[-1])
         else:
             taken = tensor[example, position] if rows.head is None else tensor[example, position, rows.head]
         beyond = rows.position >= lengths[example]
@@ -313,6 +296,13 @@ def _lookup(value: Activations | Tensor, site: Site, like: Tensor) -> Edit:
         return taken
 
     return from_activations
+
+
+def _resized(scores: Tensor, n_src: int) -> Tensor:
+    """Scores [*row, src] with zeros for more sources, or without some; one for all sources stays one."""
+    if scores.shape[-1] in (1, n_src):
+        return scores
+    return torch.nn.functional.pad(scores, (0, n_src - scores.shape[-1]))
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -390,7 +380,7 @@ class Ablate(Intervention):
 
         return edit
 
-    def _check(self, model: "Model", prompts: Prompts) -> None:
+    def check_model(self, model: "Model") -> None:
         self.direction.check_fits(model)
         model.check_width(self.site, self.basis.shape[-1], "Ablate")
 
@@ -403,10 +393,10 @@ class Ablate(Intervention):
         """
         if not self.everywhere or self.at is not None:
             raise MechsteerError(
-                f"{self!r} has no equal in the weights: Ablate(direction, everywhere=True) at all tokens has. "
-                "Use it as an intervention."
+                f"Ablate at {self.site} with at={self.at!r} has no equal in the weights: Ablate(direction, "
+                "everywhere=True) at all tokens has. Use it as an intervention."
             )
-        self._check(model, Prompts.from_ids([[0]]))
+        check([self], model, None)
         return model.orthogonalised(self.basis)
 
 
@@ -445,7 +435,11 @@ class Scale(Intervention):
 
         return edit
 
-    def _check(self, model: "Model", prompts: Prompts) -> None:
+    def check_model(self, model: "Model") -> None:
+        """Any model will do."""
+
+    def check_prompts(self, prompts: Prompts, *, n_new: int = 0) -> None:
+        super().check_prompts(prompts, n_new=n_new)
         _check_batch(self.factor, prompts, "factor")
 
 
@@ -482,8 +476,11 @@ class SoftPrefix(Intervention):
 
         return edit
 
-    def _check(self, model: "Model", prompts: Prompts) -> None:
+    def check_model(self, model: "Model") -> None:
         model.check_width(self.site, self.embeddings.shape[-1], "SoftPrefix")
+
+    def check_prompts(self, prompts: Prompts, *, n_new: int = 0) -> None:
+        super().check_prompts(prompts, n_new=n_new)
         slots = prompts.slots.sum(1)
         if bool((slots != self.embeddings.shape[0]).any()):
             row = int((slots != self.embeddings.shape[0]).nonzero()[0, 0])
@@ -491,219 +488,3 @@ class SoftPrefix(Intervention):
                 f"SoftPrefix has {self.embeddings.shape[0]} embeddings, but prompt {row} reserves {int(slots[row])} "
                 "slots. Build the prompts with slots= that many."
             )
-
-
-class Column:
-    """One intervention of each cell, all of one class at hook points of one name, as one edit of packed rows."""
-
-    def __init__(self, cells: Sequence[Intervention]) -> None:
-        self.cells = cells
-        self._edit: Edit | None = None
-        self._heads: Tensor | None = None
-
-    def __call__(self, x: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
-        """`x` after the edit; out of place."""
-        if self._edit is None:
-            self._edit = type(self.cells[0])._edit(self.cells, x)
-            if self.cells[0].site.head is not None:
-                self._heads = torch.tensor([cell.site.head for cell in self.cells], device=x.device)
-        keep = touched([cell.at for cell in self.cells], rows)
-        if keep is None and self._heads is None:
-            return self._edit(x, rows)
-        index = torch.arange(x.shape[0], device=x.device) if keep is None else keep.nonzero().squeeze(1)
-        if not index.numel():
-            return x
-        chosen = rows[index]
-        where: tuple[Tensor, ...] = (index,)
-        if self._heads is not None:
-            chosen = chosen.with_head(self._heads[chosen.cell])
-            where = (index, chosen.head)  # type: ignore[assignment]
-        return x.index_put(where, self._edit(x[where], chosen))
-
-
-def check(interventions: Sequence[Intervention], model: "Model", prompts: Prompts, *, n_new: int = 0) -> None:
-    """Refuse interventions that do not fit the model or the prompts, or that would never fire.
-
-    Args:
-        interventions: any number; those that share a value, a site or a rule are checked once.
-        model: what they will run on.
-        prompts: right-padded.
-        n_new: tokens that will be generated after each prompt.
-
-    Raises:
-        MechsteerError: with what was passed, what was expected and what to do.
-    """
-    seen: set[Any] = set()
-    for each in interventions:
-        name = type(each).__name__
-        if each.site not in seen:
-            seen.add(each.site)
-            for site in each.sites(model.n_layers):
-                model.check_site(site)
-            model.check_site(each.site)
-        if (name, each.at) not in seen:
-            seen.add((name, each.at))
-            check_at(each.at, prompts, what=f"{name} at {each.site}", n_new=n_new)
-        values = (name, each.site.kind, each.at is None, *(id(v) for v in vars(each).values() if _is_value(v)))
-        if values not in seen:
-            seen.add(values)
-            each._check(model, prompts)
-
-
-def _is_value(value: object) -> bool:
-    return isinstance(value, Tensor | Direction | Activations)
-
-
-def fwd_hooks(
-    interventions: Sequence[Intervention], model: "Model", prompts: Prompts | None = None
-) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Plain TransformerLens hooks for several interventions, in the order given.
-
-        hooked.run_with_hooks(tokens, fwd_hooks=ms.fwd_hooks([Add(v, 4.0)], model, prompts))
-
-    The hooks count the tokens that they have seen, so that positions stay absolute when a KV cache hands them one token
-    at a time: a call as wide as the first starts a new pass, a narrower one continues it.
-
-    Args:
-        interventions: any number; where two change the same hook point, the first goes first.
-        model: checked against.
-        prompts: the tokens that will be run, in the same layout; None for tokens without padding, where all of them
-            count as prompt.
-
-    Returns:
-        (hook name, hook) pairs for `run_with_hooks(fwd_hooks=...)` or `model.hooks(fwd_hooks=...)`.
-    """
-    if prompts is not None:
-        check(interventions, model, prompts.padded("right"))
-    by_point: dict[Site, list[Intervention]] = {}
-    for each in interventions:
-        for point in each.sites(model.n_layers):
-            by_point.setdefault(point, []).append(each)
-    hooks = [(point, _Hook(point, [Column([each]) for each in edits], prompts)) for point, edits in by_point.items()]
-    return _named(hooks, model)
-
-
-def stacked_hooks(
-    columns: Mapping[Site, Sequence[Column]],
-    model: "Model",
-    *,
-    base: Prompts,
-    items: Prompts,
-    example: Int[Tensor, " item"],
-    cell: Int[Tensor, " item"],
-) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks for a batch of items, each of which is one cell on one of the prompts `base`.
-
-    Args:
-        columns: what to do at each hook point.
-        model: that the hooks are for.
-        base: right-padded; what examples and spans refer to.
-        items: the batch that is run, right-padded.
-        example: index into `base` of each item.
-        cell: index into the columns' cells of each item.
-    """
-    return _named([(point, _Hook(point, edits, items, base, example, cell)) for point, edits in columns.items()], model)
-
-
-def _named(
-    hooks: Sequence[tuple[Site, Callable[..., Tensor]]], model: "Model"
-) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks by the names of their hook points.
-
-    A bridge's `hook_resid_mid` is the input of the MLP's norm alone: what a hook changes there never reaches the
-    residual stream. So that the site means the same everywhere, its edits move to `attn_out`, the other addend.
-    """
-    named: list[tuple[str, Callable[..., Any]]] = []
-    moved: list[tuple[str, Callable[..., Any]]] = []
-    for point, hook in hooks:
-        if point.kind == "resid_mid" and model.backend == "bridge":
-            keep, edit = _through_attn_out(hook)
-            moved += [(Site("resid_pre", point.layer).hook_name, keep), (Site("attn_out", point.layer).hook_name, edit)]
-        else:
-            named.append((point.hook_name, hook))
-    return [*named, *moved]
-
-
-def _through_attn_out(hook: Callable[..., Tensor]) -> tuple[Callable[..., None], Callable[..., Tensor]]:
-    """Hooks at `resid_pre` and `attn_out` that have the effect of `hook` on their sum."""
-    held: list[Tensor] = []
-
-    def keep(tensor: Tensor, hook: Any = None) -> None:
-        held[:] = [tensor]
-
-    def edit(attn_out: Tensor, hook: Any = None, *, inner: Callable[..., Tensor] = hook) -> Tensor:
-        resid_pre = held.pop()
-        return inner(resid_pre + attn_out) - resid_pre
-
-    return keep, edit
-
-
-class _Hook:
-    """A TransformerLens hook: turns [batch, pos, ...] or [batch, head, dest, src] into rows, edits them, turns back."""
-
-    def __init__(
-        self,
-        point: Site,
-        columns: Sequence[Column],
-        prompts: Prompts | None,
-        base: Prompts | None = None,
-        example: Tensor | None = None,
-        cell: Tensor | None = None,
-    ) -> None:
-        self._scores = point.axes[-1] == "src"
-        self._columns = columns
-        self._given = self._prompts = prompts
-        self._base, self._example, self._cell = base, example, cell
-        self._seen = self._width = 0
-
-    def __call__(self, tensor: Tensor, hook: Any = None) -> Tensor:
-        x = tensor.transpose(1, 2) if self._scores else tensor
-        batch, width = x.shape[:2]
-        prompts = self._advance(batch, width, x.device)
-        first, total = self._seen - width, prompts.tokens.shape[1]
-        # Absolute position of each column; columns after the prompts hold generated tokens.
-        given = prompts.positions[:, first:total]
-        column = torch.arange(first, self._seen, device=x.device).expand(batch, width)
-        new = prompts.lengths[:, None] + column[:, given.shape[1] :] - total
-        position = torch.cat([given, new], 1).reshape(-1)
-        x = self._shift(x, prompts, -1) if self._scores else x
-        real = (position >= 0).nonzero().squeeze(1)
-        item = torch.arange(batch, device=x.device).repeat_interleave(width)[real]
-        example = item if self._example is None else self._example[item]
-        cell = torch.zeros_like(item) if self._cell is None else self._cell[item]
-        rows = Rows(self._right, example, position[real], cell)
-        flat = x.reshape(batch * width, *x.shape[2:])
-        values = flat[real]
-        for column_edit in self._columns:
-            values = column_edit(values, rows)
-        out = flat.index_put((real,), values).reshape(x.shape)
-        return self._shift(out, prompts, 1).transpose(1, 2) if self._scores else out
-
-    def _advance(self, batch: int, width: int, device: torch.device) -> Prompts:
-        """The prompts that are run; counts the columns that have been seen."""
-        prompts = self._prompts
-        if self._given is None and (prompts is None or width >= self._width or len(prompts) != batch):
-            self._prompts = prompts = Prompts.from_ids(torch.zeros(batch, width, dtype=torch.long))
-            self._seen = 0
-        assert prompts is not None
-        if self._given is not None and width >= prompts.tokens.shape[1]:
-            self._seen = 0
-        if self._seen == 0:
-            self._width = width
-            self._prompts = prompts = prompts.to(device)
-            self._right = prompts.padded("right") if self._base is None else self._base
-            if tuple(prompts.tokens.shape) != (batch, width):
-                raise MechsteerError(
-                    f"The hooks were made for prompts of shape {tuple(prompts.tokens.shape)} and got activations of "
-                    f"{batch} by {width} tokens. Make them with the prompts that are run."
-                )
-        self._seen += width
-        return prompts
-
-    def _shift(self, x: Tensor, prompts: Prompts, sign: int) -> Tensor:
-        """Turn the source axis of [batch, dest, head, src] so that sources are absolute (-1), or back (1)."""
-        if prompts.padding_side == "right":
-            return x
-        pad = prompts.tokens.shape[1] - prompts.lengths
-        index = (torch.arange(x.shape[-1], device=x.device)[None] - sign * pad[:, None]) % x.shape[-1]
-        return x.gather(-1, index[:, None, None].expand_as(x))

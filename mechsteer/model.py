@@ -4,18 +4,19 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mechsteer import backends, generation
-from mechsteer.activations import Activations, ModelId
+from mechsteer.activations import Activations, ModelId, check_where
 from mechsteer.backends import Hooked
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError, ModelLoadError
-from mechsteer.interventions import Intervention, SoftPrefix, check, fwd_hooks
+from mechsteer.hooks import Intervention, fwd_hooks, never_fired, with_recorders
+from mechsteer.interventions import SoftPrefix
 from mechsteer.prompts import Prompts
 from mechsteer.run import Run
 from mechsteer.site import KINDS, Site, SiteLike
@@ -146,13 +147,11 @@ class Model:
         """
         given = self.prompts(prompts)
         right = given.padded("right")
-        applied = tuple(interventions)
         sites = self.sites(record)
-        self.check_slots(right, applied)
-        check(applied, self, right)
         read = _read(given, logits)
+        edits = fwd_hooks(tuple(interventions), self, right)
         with torch.set_grad_enabled(grad):
-            rows, taken = self.forward(right, fwd_hooks(applied, self, right), sites, read=_relaid(read, given, right))
+            rows, taken = self.forward(right, edits, sites, read=_relaid(read, given, right))
             values = {site: _relay(taken[site], site, right, given) for site in sites}
         activations = Activations(values, prompts=given, model=self.id)
         return Run(given, rows, read, activations, torch.arange(len(given), device=read.device))
@@ -160,7 +159,11 @@ class Model:
     def forward(
         self, right: Prompts, edits: Sequence[tuple[str, Callable[..., Any]]], sites: Sequence[Site], *, read: Tensor
     ) -> tuple[Tensor, dict[Site, Tensor]]:
-        """Logits at `read`, and the sites' activations, of right-padded prompts under hooks that edit."""
+        """Logits at `read`, and the sites' activations, of right-padded prompts under hooks that edit.
+
+        Raises:
+            MechsteerError: the model does not run a hook point that is edited or recorded.
+        """
         taken: dict[Site, Tensor] = {}
 
         def recorder(site: Site) -> Callable[..., None]:
@@ -169,12 +172,16 @@ class Model:
 
             return take
 
-        hooks = [*edits, *((site.hook_name, recorder(site)) for site in sites)]
+        hooks = with_recorders(edits, [(site.hook_name, recorder(site)) for site in sites])
         stop = None
         if not bool(read.any()) and all(site.layer is not None or site.order[0] < 0 for site in sites):
             stop = max((site.order[0] for site in sites), default=-1) + 1
         with backends.hooks(self.hooked, hooks):
             rows = backends.logits_at(self.hooked, right.tokens.to(self.device), read.to(self.device), stop=stop)
+        silent = [site.hook_name for site in sites if site not in taken]
+        silent += never_fired(edits) if stop is None else []
+        if silent:
+            raise MechsteerError(f"{self.name} has a hook point {silent[0]}, but never runs it. Choose another site.")
         return rows, taken
 
     def generate(
@@ -256,17 +263,17 @@ class Model:
             MechsteerError: one does not exist in this model.
         """
         single = isinstance(sites, str | Site) or (
-            isinstance(sites, tuple) and len(sites) == 2 and isinstance(sites[1], int)
+            isinstance(sites, tuple) and len(sites) == 2 and isinstance(sites[1], SupportsIndex)
         )
         found: dict[Site, None] = {}
         for item in [sites] if single else sites:  # type: ignore[union-attr]
             if isinstance(item, str) and item in KINDS and "{layer}" in KINDS[item].hook:
                 found |= dict.fromkeys(Site(item, layer) for layer in range(self.n_layers))
             else:
-                found[Site.of(item).point] = None  # type: ignore[arg-type]
+                found[Site.of(item)] = None  # type: ignore[arg-type]
         for site in found:
             self.check_site(site)
-        return list(found)
+        return list(dict.fromkeys(site.point for site in found))
 
     # ---- what fits this model ----
 
@@ -276,24 +283,31 @@ class Model:
             raise MechsteerError(
                 f"{site!r} does not exist: {self.name} has layers 0 to {self.n_layers - 1}. Choose one of these."
             )
-        if site.head is not None:
-            grouped = self.cfg.n_key_value_heads if site.kind in ("k", "v", "rot_k") else None
-            n_heads = grouped or self.cfg.n_heads
-            if site.head >= n_heads:
-                raise MechsteerError(
-                    f"{site!r} does not exist: {site.kind} of {self.name} has heads 0 to {n_heads - 1}. "
-                    "Choose one of these."
-                )
-        if site.hook_name not in self.hooked.hook_dict:
-            same = [kind for kind, entry in KINDS.items() if entry.hook.format(layer=0) in self.hooked.hook_dict]
+        n_heads = self.size(site, "head")
+        if site.head is not None and n_heads is not None and site.head >= n_heads:
             raise MechsteerError(
-                f"{site!r} does not exist: {self.name} has no hook point {site.hook_name}. It has {', '.join(same)}."
+                f"{site!r} does not exist: {site.kind} of {self.name} has heads 0 to {n_heads - 1}. "
+                "Choose one of these."
             )
+        points = self.hooked.hook_dict
+        # A bridge has `hook_pos_embed` also where it never runs it.
+        unused = {"pos_embed"} if self.cfg.positional_embedding_type == "rotary" else set()
+        if site.kind in unused or site.hook_name not in points:
+            has = [kind for kind, entry in KINDS.items() if entry.hook.format(layer=0) in points and kind not in unused]
+            raise MechsteerError(
+                f"{site!r} does not exist: {self.name} has no hook point {site.hook_name}. It has {', '.join(has)}."
+            )
+
+    def size(self, site: Site, axis: str) -> int | None:
+        """Size of an axis of the site's activations; None where it depends on the prompts."""
+        grouped = site.kind in ("k", "v", "rot_k") and not self.cfg.ungroup_grouped_query_attention
+        n_heads = (self.cfg.n_key_value_heads if grouped else None) or self.cfg.n_heads
+        sizes = {"d_model": self.d_model, "d_head": self.cfg.d_head, "d_mlp": self.cfg.d_mlp, "one": 1, "head": n_heads}
+        return sizes.get(axis)
 
     def width(self, site: Site) -> int | None:
         """Size of the site's last axis; None where it depends on the prompts."""
-        sizes = {"d_model": self.d_model, "d_head": self.cfg.d_head, "d_mlp": self.cfg.d_mlp, "one": 1}
-        return sizes.get(site.axes[-1])
+        return self.size(site, site.axes[-1])
 
     def check_width(self, site: Site, width: int, what: str) -> None:
         """Raise `MechsteerError` unless the site's activations have this width."""
@@ -401,11 +415,8 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> tuple[Path, str]:
 def _read(prompts: Prompts, logits: str | Tensor) -> Tensor:
     """Mask of the tokens whose logits are wanted."""
     if isinstance(logits, Tensor):
-        if logits.shape != prompts.mask.shape:
-            raise MechsteerError(
-                f"logits= got a mask of shape {tuple(logits.shape)}, but the prompts have {tuple(prompts.mask.shape)}."
-            )
-        return logits.to(prompts.mask.device) & prompts.mask
+        check_where(logits, prompts)
+        return logits.to(prompts.mask.device)
     if logits == "all":
         return prompts.mask
     if logits == "none":

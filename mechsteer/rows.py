@@ -4,9 +4,11 @@ Interventions are written once, on rows. A hook turns [batch, pos, ...] into row
 many cells into rows, and generation has one row for each example.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -77,21 +79,30 @@ def normalise_at(at: object, pos: int | None = None) -> At:
         if at is not None and at != pos:
             raise MechsteerError(f"at={at!r} and Site(pos={pos}) both say where. Give one of them.")
         return pos
-    if at is None or type(at) is int:
+    if at is None:
         return at
     if isinstance(at, str):
         if at not in SPANS:
             raise MechsteerError(f"at={at!r} is no span. Pass one of {', '.join(SPANS)}, or absolute positions.")
         return at
+    single = hasattr(at, "__index__") and getattr(at, "ndim", 0) == 0  # an int, also of NumPy or PyTorch
     try:
-        positions = tuple(sorted({int(position) for position in at}))  # type: ignore[union-attr]
+        positions = tuple(sorted({_index(position) for position in ((at,) if single else at)}))  # type: ignore[union-attr]
     except TypeError as error:
+        shown = " ".join(repr(at).split())
         raise MechsteerError(
-            f"at={at!r} is not understood. Pass None for all tokens, absolute positions, or a span's name."
+            f"at={shown[:60]} is not understood. Pass None for all tokens, absolute positions, or a span's name."
         ) from error
     if not positions:
         raise MechsteerError("at=[] touches no token. Leave `at` out to touch all of them.")
     return positions[0] if len(positions) == 1 else positions
+
+
+def _index(position: Any) -> int:
+    """A position as an int; a bool or a float is none."""
+    if isinstance(position, bool) or "bool" in str(getattr(position, "dtype", "")):
+        raise TypeError
+    return operator.index(position)
 
 
 def _absolute(at: int, prompts: Prompts) -> Int[Tensor, " batch"]:
@@ -156,6 +167,19 @@ def first_touched(ats: Sequence[At], prompts: Prompts) -> Int[Tensor, "cell batc
     return torch.stack([firsts[at] for at in ats])
 
 
+def last_touched(at: At, prompts: Prompts) -> Int[Tensor, " batch"]:
+    """Latest position of each prompt that a rule touches; -1 where it touches none.
+
+    Args:
+        at: the rule.
+        prompts: right-padded.
+    """
+    example, position = torch.where(prompts.mask)
+    means = touched([at], Rows(prompts, example, position, torch.zeros_like(example)))
+    reached = position if means is None else torch.where(means, position, -1)
+    return torch.full_like(prompts.lengths, -1).scatter_reduce(0, example, reached, "amax")
+
+
 def check_at(at: At, prompts: Prompts, *, what: str, n_new: int = 0) -> None:
     """Refuse positions outside a prompt and spans that no prompt has.
 
@@ -200,7 +224,6 @@ def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> Callable[[
             return lambda rows: numbers[0]
         table = torch.tensor(numbers, dtype=like.dtype, device=like.device)
         return lambda rows: table[rows.cell]
-    batch = max(number.shape[0] for number in numbers if isinstance(number, Tensor))
-    full = [torch.as_tensor(number).to(like).expand(batch) for number in numbers]
-    by_example = torch.stack(full)
-    return lambda rows: by_example[rows.cell, rows.example]
+    batch = max(number.numel() for number in numbers if isinstance(number, Tensor))
+    table = torch.stack([torch.as_tensor(number).to(like).expand(batch) for number in numbers])
+    return lambda rows: table[rows.cell, rows.example if batch > 1 else 0]

@@ -110,8 +110,12 @@ class Site:
         """
         if isinstance(site, Site):
             return site
-        if isinstance(site, tuple):
+        if isinstance(site, tuple) and len(site) == 2:
             return Site(*site)
+        if not isinstance(site, str):
+            raise MechsteerError(
+                f"{site!r} is no site. Pass a Site, a hook name such as 'blocks.3.hook_resid_pre', or ('resid_pre', 3)."
+            )
         if site in KINDS:
             return Site(site)
         match = _INDEXED.match(site)
@@ -119,12 +123,13 @@ class Site:
         found = re.match(r"^blocks\.(\d+)\.(.*)$", hook)
         template = f"blocks.{{layer}}.{found[2]}" if found else hook
         if template not in _BY_HOOK:
-            raise MechsteerError(
-                f"Hook name {site!r} is no site that mechsteer knows. {_nearest(template, list(_BY_HOOK))}"
-            )
+            near = _nearest(template, list(_BY_HOOK)).replace("{layer}", found[1] if found else "0")
+            raise MechsteerError(f"Hook name {site!r} is no site that mechsteer knows. {near}")
         try:
-            more = {name: int(value) for name, value in (part.split("=") for part in index.split(","))} if index else {}
-            return Site(_BY_HOOK[template], int(found[1]) if found else None, **more)
+            parts = [] if index is None else [part.split("=") for part in index.split(",")]
+            return Site(
+                _BY_HOOK[template], int(found[1]) if found else None, **{key: int(value) for key, value in parts}
+            )
         except (TypeError, ValueError) as error:
             if isinstance(error, MechsteerError):
                 raise

@@ -101,7 +101,11 @@ def sweep(
     engine = Engine(model, right, measures)
     groups = [Group.of(engine, members, cells) for members in by_shape.values()]
     store = Store.open(
-        out, list(measures), (len(cells), len(right)), lambda: _identity(model, right, values, measures, cells)
+        out,
+        list(measures),
+        (len(cells), len(right)),
+        np.float64 if model.dtype == torch.float64 else np.float32,
+        lambda: _identity(model, right, values, measures, cells),
     )
     device = model.device.type
     with bar("cells", len(cells) * len(right), show=progress) as shown:
@@ -235,12 +239,17 @@ def _run_chunk(
                 size.out_of_memory()
                 size.rows = min(size.rows, max(1, n_rows // 2))
                 continue
-            arrays = {name: value.float().cpu().numpy() for name, value in values.items()}
+            arrays = {name: _numpy(value) for name, value in values.items()}
             seconds = time.perf_counter() - began
             size.report(n_rows, engine.work.least - before if group.packed else float(n_rows), seconds)
             store.add(members, local, arrays)
             shown.advance(n_cells * len(local))
             left = left[n_cells:]
+
+
+def _numpy(value: Tensor) -> np.ndarray:
+    # numpy has no bfloat16.
+    return (value if value.dtype == torch.float64 else value.float()).cpu().numpy()
 
 
 def _clean(engine: Engine, groups: Sequence[Group], chunk: Tensor) -> Clean | None:
@@ -274,9 +283,9 @@ def _chunks(prompts: Prompts, tokens: int) -> Iterator[Tensor]:
 class Store:
     """Values of the cells that are done [cell, prompt], in memory and, where there is a folder, in shards on disk."""
 
-    def __init__(self, folder: Path | None, names: Sequence[str], shape: tuple[int, int]) -> None:
+    def __init__(self, folder: Path | None, names: Sequence[str], shape: tuple[int, int], dtype: Any) -> None:
         self._folder = folder
-        self.values = {name: np.full(shape, np.nan, dtype=np.float32) for name in names}
+        self.values = {name: np.full(shape, np.nan, dtype=dtype) for name in names}
         self.done = np.zeros(shape, dtype=bool)
         self._fresh: dict[str, Tensor] = {}
         self._n_fresh = self._n_shards = 0
@@ -284,7 +293,11 @@ class Store:
 
     @staticmethod
     def open(
-        out: str | os.PathLike[str] | None, names: Sequence[str], shape: tuple[int, int], identity: Callable[[], str]
+        out: str | os.PathLike[str] | None,
+        names: Sequence[str],
+        shape: tuple[int, int],
+        dtype: Any,
+        identity: Callable[[], str],
     ) -> "Store":
         """A new store, or what a folder holds of the same sweep.
 
@@ -292,9 +305,9 @@ class Store:
             MechsteerError: the folder holds something else.
         """
         if out is None:
-            return Store(None, names, shape)
+            return Store(None, names, shape, dtype)
         folder, manifest = Path(out), Path(out) / "manifest.json"
-        store, wanted = Store(folder, names, shape), identity()
+        store, wanted = Store(folder, names, shape, dtype), identity()
         if manifest.exists():
             try:
                 found = check_stamp(json.loads(manifest.read_text()), manifest, format="sweep", version=_VERSION)

@@ -2,8 +2,10 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -18,6 +20,8 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent))  # `import zoo` from every folder of tests
 
 import zoo  # noqa: E402
+
+from mechsteer.model import Model  # noqa: E402
 
 # The zoo's matrices are so small that handing them to more threads costs more than it saves.
 torch.set_num_threads(1)
@@ -47,3 +51,24 @@ def architecture(request: pytest.FixtureRequest) -> str:
 def zoo_folder(architecture: str, zoo_folders: dict[str, Path]) -> Path:
     """Folder of one tiny model; the test runs once for each architecture."""
     return zoo_folders[architecture]
+
+
+@pytest.fixture(autouse=True)
+def _no_hook_survives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """After every test, the hooked models that it made or ran have no hooks left."""
+    used: WeakSet[Model] = WeakSet()
+
+    def watched(method: Any) -> Any:
+        def call(model: Model, *args: Any, **options: Any) -> Any:
+            used.add(model)
+            return method(model, *args, **options)
+
+        return call
+
+    for name in ("__init__", "forward"):
+        monkeypatch.setattr(Model, name, watched(getattr(Model, name)))
+    yield
+    for model in used:
+        hooked = getattr(model, "hooked", None)  # a Model that was refused has none
+        left = [name for name, point in hooked.hook_dict.items() if point.fwd_hooks or point.bwd_hooks] if hooked else []
+        assert not left, f"hooks survived on {model.name} at {left}"

@@ -162,9 +162,7 @@ class Decoder:
             base = attn._rotary_base()
             key = (base, attn.attn_type)
             if key not in rotaries:
-                n_pos = attn.cfg.n_ctx
-                sin, cos = attn.calculate_sin_cos_rotary(attn.cfg.rotary_dim, n_pos, base=base, dtype=attn.cfg.dtype)
-                rotaries[key] = sin.to(self.W_E.device), cos.to(self.W_E.device)
+                rotaries[key] = tuple(part.to(self.W_E.device) for part in _rotary_tables(attn, base))
             rotary = rotaries[key]
         mlp_in = torch.cat([mlp.W_gate, mlp.W_in], 1) if self.gated else mlp.W_in
         return _Layer(
@@ -399,7 +397,7 @@ class Decoder:
         out = q.new_empty(q.shape) if len(buckets) > 1 else None
         for bucket in buckets:
             mine_k, mine_v = (x if bucket.items is None else x[bucket.items] for x in (keys, values))
-            padded, mask = bucket.pad(q), bucket.mask(layer.window)
+            padded, mask = bucket.pad(q), bucket.mask(layer.window, q.dtype)
             if not seen and self.soft_cap <= 0:
                 z = F.scaled_dot_product_attention(
                     padded, mine_k, mine_v, attn_mask=mask, scale=layer.scale, enable_gqa=group > 1
@@ -436,7 +434,7 @@ class Decoder:
         keys, values = past.keys[index][:, :, :n_past], past.values[index][:, :, :n_past]
         past_scores = (q6.view(e, n_kv, m * group * width, d) @ keys.mT).view(e, n_kv, m, group, width, n_past)
         scores = self._scores(torch.cat([past_scores, own_scores], -1), layer.scale)
-        mask = pack.split_mask(queries, layer.window)
+        mask = pack.split_mask(queries, layer.window, q.dtype)
         pattern = (scores if mask is None else scores + mask).softmax(-1)
         z = (pattern[..., n_past:].reshape(e, n_kv, m, group * width, own_width) @ v5).view(e, n_kv, -1, d)
         z = z + pattern[..., :n_past].reshape(e, n_kv, m * group * width, n_past) @ values
@@ -451,6 +449,17 @@ def _tap(kind: str, layer: int, x: Tensor, layout: Layout, edits: Edits, capture
     if (kind, layer) in capture.wanted:
         capture.taken[kind, layer] = (x, layout)
     return x
+
+
+def _rotary_tables(attn: Any, base: float) -> tuple[Tensor, Tensor]:
+    """Sine and cosine of all positions of the context [pos, rotary_dim]."""
+    # The module's own as far as they go: they may have been computed in another precision than they are stored in.
+    own = attn.rotary_sin, attn.rotary_cos
+    n_own = own[0].shape[0]
+    if n_own >= attn.cfg.n_ctx:
+        return own
+    full = attn.calculate_sin_cos_rotary(attn.cfg.rotary_dim, attn.cfg.n_ctx, base=base, dtype=attn.cfg.dtype)
+    return tuple(torch.cat([mine, more.to(mine)[n_own:]]) for mine, more in zip(own, full, strict=True))  # type: ignore
 
 
 def _bias(b: Tensor) -> Tensor | None:

@@ -108,7 +108,7 @@ class Pack:
             self._memo[key] = [Bucket(self, queries, items) for items in groups]
         return self._memo[key]
 
-    def split_mask(self, queries: Layout, window: int | None) -> Tensor | None:
+    def split_mask(self, queries: Layout, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """What to add to scores of each query with (clean keys before the item's start, its own keys): 0 or -inf.
 
         None where every query attends to every key.
@@ -123,7 +123,7 @@ class Pack:
             allowed = torch.cat([(past < start) & (past <= query), own <= query], -1)
             if window is not None:
                 allowed = allowed & torch.cat([past > query - window, own > query - window], -1)
-            self._memo[key] = _additive(allowed, query < 0)
+            self._memo[key] = _additive(allowed, query < 0, dtype)
         return self._memo[key]
 
     def rotary(self, queries: Layout, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ class Bucket:
             return own
         return out.index_copy(0, self.rows, own)
 
-    def mask(self, window: int | None) -> Tensor | None:
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """What to add to the scores [item, 1, width, key] of absolute key positions: 0 or -inf. None for nothing."""
         if window not in self._masks:
             query = self._query[:, None, :, None]
@@ -188,16 +188,21 @@ class Bucket:
             allowed = key <= query
             if window is not None:
                 allowed = allowed & (key > query - window)
-            self._masks[window] = _additive(allowed, query < 0)
+            self._masks[window] = _additive(allowed, query < 0, dtype)
         return self._masks[window]
 
 
-def _additive(allowed: Bool[Tensor, "*shape key"], empty: Bool[Tensor, "*shape one"]) -> Tensor | None:
-    """A mask as what is added to scores. A place without a query attends to all, so that no softmax is over nothing."""
+def _additive(
+    allowed: Bool[Tensor, "*shape key"], empty: Bool[Tensor, "*shape one"], dtype: torch.dtype
+) -> Tensor | None:
+    """A mask as what is added to scores. A place without a query attends to all, so that no softmax is over nothing.
+
+    Of the scores' own dtype: scaled_dot_product_attention on a CPU takes an fp32 mask with fp64 queries, and misreads it.
+    """
     allowed = allowed | empty
     if bool(allowed.all()):
         return None
-    return torch.zeros(allowed.shape, device=allowed.device).masked_fill(~allowed, float("-inf"))
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, float("-inf"))
 
 
 def whole_pack(

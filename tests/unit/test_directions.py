@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -235,11 +236,11 @@ def test_tokens_of_the_unembedding(llama: Model) -> None:
     torch.testing.assert_close(minus.vector, llama.hooked.W_U[:, token[0]] - llama.hooked.W_U[:, 7])
     assert (minus.site, minus.origin["id"], minus.origin["minus_id"]) == (SITE, token[0], 7)
     found = made.nearest_tokens(llama, k=3)
-    assert found[0] == (llama.tokenizer.decode(token), pytest.approx(1.0, abs=1e-5))
+    assert found[0] == (" cat", pytest.approx(1.0, abs=1e-5))
     matrix = llama.hooked.W_U.detach()
     cosines = torch.cosine_similarity(matrix.T, made.vector[None], dim=1).sort(descending=True).values
     assert [value for _, value in found] == pytest.approx(cosines[:3].tolist(), abs=1e-5)
-    assert len(made.nearest_tokens(llama, k=1000)) == llama.d_vocab
+    assert len(made.nearest_tokens(llama, k=1000)) == len(llama.tokenizer)
 
 
 def test_tokens_that_are_none(llama: Model) -> None:
@@ -247,11 +248,12 @@ def test_tokens_that_are_none(llama: Model) -> None:
         MechsteerError, match=r"'cat purrs' is \d tokens of llama \(.*\)\. Pass a text that is one token"
     ):
         from_unembedding(llama, "cat purrs")
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [3], unk_token_id=3, unk_token="<unk>")
+    with pytest.raises(MechsteerError, match=r"'é' is unknown to the tokenizer of tiny\. Pass another text, or an id"):
+        from_unembedding(Model(llama.hooked, tokenizer=tokenizer, name="tiny"), "é")
     with pytest.raises(MechsteerError, match=r"Token id 128 does not exist: llama has ids 0 to 127"):
         from_unembedding(llama, 4, minus=128)
-    with pytest.raises(
-        MechsteerError, match=r"nearest_tokens needs a Direction in the residual stream, and this is"
-    ):
+    with pytest.raises(MechsteerError, match=r"nearest_tokens needs a Direction in the residual stream, and this is"):
         Direction(torch.ones(16), Site("z", 0, head=1)).nearest_tokens(llama)
 
 

@@ -130,6 +130,23 @@ def test_soft_prefixes_in_slots(llama: ms.Model) -> None:
     compare(llama, prompts, {"which": range(4)}, lambda which: ms.SoftPrefix(embeddings[which]))
 
 
+def test_double_precision_agrees_to_double_precision(architecture: str, zoo_folders: dict[str, Path]) -> None:
+    model = ms.load_model(zoo_folders[architecture], dtype=torch.float64)
+    ids = random_ids(16)
+    source = model.run(ms.Prompts.from_ids(corrupted(ids)), record=["resid_pre", "z"]).activations
+    places: dict[str, int | None] = {"0": 0, "5": 5, "last": -1, "all": None}
+    for kind in ("resid_pre", "z"):
+
+        def build(layer: int, pos: str, kind: str = kind) -> ms.Intervention:
+            return ms.Replace((kind, layer), source, at=places[pos])
+
+        axes = {"layer": range(3), "pos": list(places)}
+        gap = {"gap": ms.LogitGap([5], [7])}
+        result = ms.sweep(model, ms.Prompts.from_ids(ids), axes=axes, build=build, measure=gap)
+        assert result["gap"].dtype == np.float64 and result.provenance["options"]["engine"] == "packed"
+        naive.assert_same(result, naive.sweep(model, ms.Prompts.from_ids(ids), axes, build, gap), tolerance=1e-11)
+
+
 def test_several_interventions_in_their_order(model: ms.Model) -> None:
     prompts = ms.Prompts.from_ids(random_ids(4))
     vector = random_vector(model, 3)
