@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # `import zoo` from every folder
 
 import zoo  # noqa: E402
 
-from mechsteer.model import Model  # noqa: E402
+from mechsteer.model import Model, load_model  # noqa: E402
 
 # The zoo's matrices are so small that handing them to more threads costs more than it saves.
 torch.set_num_threads(1)
@@ -53,6 +53,20 @@ def zoo_folder(architecture: str, zoo_folders: dict[str, Path]) -> Path:
     return zoo_folders[architecture]
 
 
+@pytest.fixture(scope="session")
+def zoo_models(zoo_folders: dict[str, Path]) -> Callable[..., Model]:
+    """`zoo_models(architecture, backend="hooked_transformer")`: each loaded once. Leave them as they are."""
+    loaded: dict[tuple[str, str], Model] = {}
+
+    def get(architecture: str, backend: str = "hooked_transformer") -> Model:
+        key = architecture, backend
+        if key not in loaded:
+            loaded[key] = load_model(zoo_folders[architecture], backend=backend, device="cpu")
+        return loaded[key]
+
+    return get
+
+
 @pytest.fixture(autouse=True)
 def _no_hook_survives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After every test, the hooked models that it made or ran have no hooks left."""
@@ -70,5 +84,7 @@ def _no_hook_survives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for model in used:
         hooked = getattr(model, "hooked", None)  # a Model that was refused has none
-        left = [name for name, point in hooked.hook_dict.items() if point.fwd_hooks or point.bwd_hooks] if hooked else []
+        left = (
+            [name for name, point in hooked.hook_dict.items() if point.fwd_hooks or point.bwd_hooks] if hooked else []
+        )
         assert not left, f"hooks survived on {model.name} at {left}"
