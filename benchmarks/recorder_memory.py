@@ -9,9 +9,9 @@ the 10 largest tokens of each feature in shards of 4,096 rows, then reads all ro
 shards: a run that fills less than one takes less. The first column is the peak of the whole process, most of which is
 imports and the model; the second is the peak while recording above what was resident before (Linux only).
 
-What still grows is not the rows. Each shard of a new size leaves about 17 kB behind, because safetensors calls
-numpy.ctypeslib.as_array, which keeps a type for every length: 4 MB for 10^6 tokens in shards this small, and a sixteenth
-of it with the default ones. The rest is glibc's heap, which varies by some 10 MB between shards; with
+What still grows is not the rows. Each shard of a new size leaves about 17 kB behind, mostly because safetensors calls
+numpy.ctypeslib.as_array, which keeps a type for every length: 4 MB for 10^6 tokens in shards this small, and a
+sixteenth of it with the default ones. The rest is glibc's heap, which varies by some 10 MB between shards; with
 MALLOC_MMAP_THRESHOLD_=65536 it does not. Pages of shards that were written are not resident, and pages of shards that
 are read go with the shard.
 """

@@ -6,7 +6,7 @@ values of the positions before. `mechsteer.sweeps` decides which cells go togeth
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -286,8 +286,7 @@ def _edits(cells: Sequence[Cell], n_layers: int) -> dict[tuple[str, int], list[C
 
 def _take(prompts: Prompts, index: Int[Tensor, " row"]) -> Prompts:
     """Prompts by index, as wide as they were."""
-    parts = (prompts.tokens, prompts.mask, prompts.roles, prompts.slots)
-    return Prompts(*(part[index] for part in parts), (), prompts.tokenizer)
+    return replace(prompts, labels=())[index]
 
 
 def _spread(x: Tensor, rows: Rows, prompts: Prompts) -> Tensor:

@@ -183,7 +183,9 @@ def fwd_hooks(
     for each in interventions:
         for point in each.sites(model.n_layers):
             by_point.setdefault(point, []).append(Column([each]))
-    return _named([(point, Hook(point, columns, prompts, n_new=n_new)) for point, columns in by_point.items()], model)
+    return _named(
+        [(point, Hook(point, columns, model, prompts, n_new=n_new)) for point, columns in by_point.items()], model
+    )
 
 
 def stacked_hooks(
@@ -205,7 +207,8 @@ def stacked_hooks(
         example: index into `base` of each item.
         cell: index into the columns' cells of each item.
     """
-    return _named([(point, Hook(point, edits, items, base, example, cell)) for point, edits in columns.items()], model)
+    more = {"base": base, "example": example, "cell": cell}
+    return _named([(point, Hook(point, edits, model, items, **more)) for point, edits in columns.items()], model)
 
 
 def _named(hooks: Sequence[tuple[Site, "Hook"]], model: "Model") -> list[tuple[str, Callable[..., Any]]]:
@@ -266,7 +269,9 @@ class Hook:
         self,
         point: Site,
         columns: Sequence[Column],
+        model: "Model",
         prompts: Prompts | None,
+        *,
         base: Prompts | None = None,
         example: Tensor | None = None,
         cell: Tensor | None = None,
@@ -279,6 +284,9 @@ class Hook:
         self._prompts: Prompts | None = None
         self._base, self._example, self._cell = base, example, cell
         self._seen = 0
+        # A HookedTransformer norms queries, keys and values apart: three calls are about the same tokens.
+        self._n_calls = 3 if point.kind.startswith("ln1") and model.backend == "hooked_transformer" else 1
+        self._calls = 0
 
     def __call__(self, tensor: Tensor, hook: Any = None) -> Tensor:
         self.fired = True
@@ -314,6 +322,9 @@ class Hook:
     def _advance(self, batch: int, width: int, device: torch.device) -> Prompts:
         """The prompts that are run; counts the columns that have been seen."""
         prompts = self._prompts
+        self._calls += 1
+        if prompts is not None and self._calls % self._n_calls != 1 % self._n_calls:
+            return prompts
         # A KV cache hands on one token at a time.
         if prompts is None or width > 1 or batch != len(prompts):
             if self._given is None and prompts is not None and width < prompts.tokens.shape[1]:

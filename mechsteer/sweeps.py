@@ -333,7 +333,7 @@ class Store:
 
     def add(self, cells: Sequence[int], prompts: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         """Values [cell, prompt] of some cells on some prompts."""
-        where = np.ix_(cells, prompts)
+        where = np.ix_(np.asarray(cells), prompts)  # pyright: ignore
         self.done[where] = True
         for name, value in values.items():
             self.values[name][where] = value

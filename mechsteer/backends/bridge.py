@@ -74,7 +74,11 @@ def hooked_twin(bridge: Any) -> Any:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=weight.dtype)
-        model.load_state_dict({key: values[key] for key in model.state_dict()}, assign=True)
+        wanted = model.state_dict()
+        gained = (key for key in values if key not in wanted and f"{key.removesuffix('bias')}weight" in wanted)
+        if any(bool(values[key].any()) for key in gained):
+            return None  # a module has a bias that the architecture lacks
+        model.load_state_dict({key: values[key] for key in wanted}, assign=True)
         source = Source(Path(str(bridge.cfg.model_name)), model.eval(), copy.deepcopy(bridge.tokenizer))
         return hooked_transformer.from_huggingface(source, device=weight.device, dtype=weight.dtype)
     except Exception:  # whatever transformers or TransformerLens raise for what they do not cover
