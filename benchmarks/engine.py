@@ -5,9 +5,9 @@
     python benchmarks/engine.py --models pocket stories260K --runs 3
 
 Each line is one piece of work done three ways, turn by turn: TransformerLens's own function (or the plain loop that its
-users write), a loop with one hooked forward pass per cell, and `sweep`. What is printed is the ratio of the medians, the
-largest difference between the values (over the largest of them, where that is above 1), and the floating-point operations that `sweep` did over the least that the cells'
-own layers and positions need.
+users write), a loop with one hooked forward pass per cell, and `sweep`. What is printed is the ratio of the medians; the
+largest difference between the values, over the largest of them where that is above 1; and the floating-point operations
+that `sweep` did over the least that the cells' own layers and positions need.
 """
 
 import argparse

@@ -36,7 +36,7 @@ def measure(tokens: int) -> dict[str, float]:
 
     from mechsteer.model import load_model
     from mechsteer.prompts import Prompts
-    from mechsteer.recorder import record_stream
+    from mechsteer.recording.recorder import record_stream
 
     torch.set_num_threads(1)  # more of them wait for one another where other work keeps the cores busy
     model = load_model("pocket-1l")

@@ -6,9 +6,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mechsteer.activations import Activations, ModelId
-    from mechsteer.directions import Direction
+    from mechsteer.directions import (
+        Direction,
+        cosine_table,
+        difference_of_means,
+        export_gguf,
+        from_unembedding,
+        import_gguf,
+        pca,
+    )
     from mechsteer.errors import MechsteerError, ModelLoadError
-    from mechsteer.interventions import Ablate, Add, Intervention, Replace, Scale, SoftPrefix, fwd_hooks
+    from mechsteer.hooks import Intervention, fwd_hooks
+    from mechsteer.interventions import Ablate, Add, Replace, Scale, SoftPrefix
     from mechsteer.model import Model, load_model
     from mechsteer.objectives import (
         KLFromBaseline,
@@ -20,6 +29,7 @@ if TYPE_CHECKING:
         TokenProb,
     )
     from mechsteer.prompts import Prompts
+    from mechsteer.recording import Recording, record_stream
     from mechsteer.result import Result
     from mechsteer.run import Run
     from mechsteer.site import Site
@@ -33,7 +43,7 @@ _HOMES = {
     "Activations": "mechsteer.activations",
     "Add": "mechsteer.interventions",
     "Direction": "mechsteer.directions",
-    "Intervention": "mechsteer.interventions",
+    "Intervention": "mechsteer.hooks",
     "KLFromBaseline": "mechsteer.objectives",
     "LogitGap": "mechsteer.objectives",
     "MechsteerError": "mechsteer.errors",
@@ -43,6 +53,7 @@ _HOMES = {
     "Objective": "mechsteer.objectives",
     "Projection": "mechsteer.objectives",
     "Prompts": "mechsteer.prompts",
+    "Recording": "mechsteer.recording",
     "Replace": "mechsteer.interventions",
     "Result": "mechsteer.result",
     "Run": "mechsteer.run",
@@ -52,8 +63,15 @@ _HOMES = {
     "StateMatch": "mechsteer.objectives",
     "TeacherForcedCE": "mechsteer.objectives",
     "TokenProb": "mechsteer.objectives",
-    "fwd_hooks": "mechsteer.interventions",
+    "cosine_table": "mechsteer.directions",
+    "difference_of_means": "mechsteer.directions",
+    "export_gguf": "mechsteer.directions",
+    "from_unembedding": "mechsteer.directions",
+    "fwd_hooks": "mechsteer.hooks",
+    "import_gguf": "mechsteer.directions",
     "load_model": "mechsteer.model",
+    "pca": "mechsteer.directions",
+    "record_stream": "mechsteer.recording",
     "sweep": "mechsteer.sweeps",
 }
 __all__ = [
@@ -71,6 +89,7 @@ __all__ = [
     "Objective",
     "Projection",
     "Prompts",
+    "Recording",
     "Replace",
     "Result",
     "Run",
@@ -80,8 +99,15 @@ __all__ = [
     "StateMatch",
     "TeacherForcedCE",
     "TokenProb",
+    "cosine_table",
+    "difference_of_means",
+    "export_gguf",
+    "from_unembedding",
     "fwd_hooks",
+    "import_gguf",
     "load_model",
+    "pca",
+    "record_stream",
     "sweep",
 ]
 

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.backends.decoder import Cache, Capture, Decoder
 from mechsteer.backends.packing import whole_pack
-from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.errors import MechsteerError
 from mechsteer.interventions import Column, Intervention, check, stacked_hooks
 from mechsteer.progress import bar
@@ -62,7 +62,11 @@ def generate(
     with torch.no_grad(), bar("tokens", len(right) * max_new_tokens, show=progress) as shown:
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
-            step = _Packed(decoder, right, index, applied, max_new_tokens) if decoder else _Hooked(model, right, index, applied)
+            step = (
+                _Packed(decoder, right, index, applied, max_new_tokens)
+                if decoder
+                else _Hooked(model, right, index, applied)
+            )
             alive = torch.ones(len(index), dtype=torch.bool, device=index.device)
             stops = torch.tensor(eos, device=index.device, dtype=torch.long)
             tokens: list[Tensor] = []
@@ -76,7 +80,9 @@ def generate(
                 if not bool(alive.any()):
                     shown.advance(len(index) * (max_new_tokens - n - 1))
                     break
-            for place, row, length in zip(index.tolist(), torch.stack(tokens, 1).tolist(), lengths.tolist(), strict=True):
+            for place, row, length in zip(
+                index.tolist(), torch.stack(tokens, 1).tolist(), lengths.tolist(), strict=True
+            ):
                 new[place] = row[:length]
     return prompts.with_completions(new)
 
@@ -91,7 +97,9 @@ class Choice:
         self, temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device
     ) -> None:
         if temperature < 0 or temperature != temperature:
-            raise MechsteerError(f"temperature={temperature} is negative. Pass 0 for greedy decoding, or more to sample.")
+            raise MechsteerError(
+                f"temperature={temperature} is negative. Pass 0 for greedy decoding, or more to sample."
+            )
         if top_k is not None and top_k < 1:
             raise MechsteerError(f"top_k={top_k} leaves no token. Pass at least 1, or None for all.")
         if top_p is not None and not 0 < top_p <= 1:
@@ -99,9 +107,7 @@ class Choice:
         self._temperature, self._top_k, self._top_p, self._seed = temperature, top_k, top_p, seed
         self._generators: dict[int, torch.Generator] = {}
 
-    def __call__(
-        self, logits: Float[Tensor, "batch d_vocab"], index: Int[Tensor, " batch"]
-    ) -> Int[Tensor, " batch"]:
+    def __call__(self, logits: Float[Tensor, "batch d_vocab"], index: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """One token per row; `index` says which example each row is."""
         if self._temperature == 0:
             return logits.argmax(-1)
@@ -173,7 +179,9 @@ class _Packed:
 class _Hooked:
     """A whole forward pass per step through TransformerLens's hooks, for what the packed one does not cover."""
 
-    def __init__(self, model: "Model", prompts: Prompts, index: Tensor, interventions: tuple[Intervention, ...]) -> None:
+    def __init__(
+        self, model: "Model", prompts: Prompts, index: Tensor, interventions: tuple[Intervention, ...]
+    ) -> None:
         self._model, self._prompts, self._index, self._interventions = model, prompts, index, interventions
         self._tokens: list[Tensor] = []
 
@@ -189,7 +197,12 @@ class _Hooked:
             for site in each.sites(self._model.n_layers):
                 columns.setdefault(site, []).append(Column([each]))
         hooks = stacked_hooks(
-            columns, self._model, base=self._prompts, items=items, example=self._index, cell=torch.zeros_like(self._index)
+            columns,
+            self._model,
+            base=self._prompts,
+            items=items,
+            example=self._index,
+            cell=torch.zeros_like(self._index),
         )
         last = items.positions == items.lengths[:, None] - 1
         return self._model.forward(items, hooks, (), read=last)[0]

@@ -197,7 +197,7 @@ def _additive(
 ) -> Tensor | None:
     """A mask as what is added to scores. A place without a query attends to all, so that no softmax is over nothing.
 
-    Of the scores' own dtype: scaled_dot_product_attention on a CPU takes an fp32 mask with fp64 queries, and misreads it.
+    Of the scores' own dtype: PyTorch's attention on a CPU takes an fp32 mask with fp64 queries, and misreads it.
     """
     allowed = allowed | empty
     if bool(allowed.all()):

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from mechsteer.activations import ModelId
 from mechsteer.directions import Direction, cosine_table
+from mechsteer.directions.extraction import difference_of_means, from_unembedding, pca
+from mechsteer.directions.gguf import export_gguf, import_gguf
 from mechsteer.errors import MechsteerError
-from mechsteer.extraction import difference_of_means, from_unembedding, pca
-from mechsteer.gguf import export_gguf, import_gguf
 from mechsteer.model import Model, load_model
 from mechsteer.prompts import Prompts
 from mechsteer.site import Site

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mechsteer.files as files
-import mechsteer.recorder as recorder
+import mechsteer.recording.recorder as recorder
 from mechsteer.activations import MissingSiteError
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, load_model
 from mechsteer.prompts import Prompts
-from mechsteer.recorder import record_stream
-from mechsteer.recording import Recording, TokenRows
+from mechsteer.recording.reader import Recording, TokenRows
+from mechsteer.recording.recorder import record_stream
 from mechsteer.site import Site
 
 RESID, Z = Site("resid_post", 0), Site("z", 0)

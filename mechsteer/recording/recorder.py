@@ -21,7 +21,7 @@ from mechsteer.errors import MechsteerError
 from mechsteer.files import save_tensors, stamp
 from mechsteer.model import Model
 from mechsteer.prompts import Prompts
-from mechsteer.recording import (
+from mechsteer.recording.reader import (
     COLUMNS,
     VERSION,
     Manifest,
@@ -32,7 +32,7 @@ from mechsteer.recording import (
     shard_path,
     statistics_path,
 )
-from mechsteer.running import RunningStatistics
+from mechsteer.recording.statistics import RunningStatistics
 from mechsteer.site import Site, SiteLike
 
 BATCH_TOKENS = 2000

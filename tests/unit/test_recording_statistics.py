@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mechsteer.running import RunningStatistics
+from mechsteer.recording.statistics import RunningStatistics
 
 
 @st.composite

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsteer.directions import Direction
+from mechsteer.directions.direction import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts

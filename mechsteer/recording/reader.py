@@ -14,7 +14,7 @@ from mechsteer.activations import ModelId, SiteMap
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, open_tensors, stamp
 from mechsteer.model import Model
-from mechsteer.running import RunningStatistics
+from mechsteer.recording.statistics import RunningStatistics
 from mechsteer.site import Site, SiteLike
 
 VERSION = 1

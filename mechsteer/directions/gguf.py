@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mechsteer.activations import ModelId
-from mechsteer.directions import Direction
+from mechsteer.directions.direction import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.site import Site
 
