@@ -1,6 +1,8 @@
 """Generating text under interventions, many prompts at once."""
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,12 +13,15 @@ from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.backends.decoder import Cache, Capture, Decoder
 from mechsteer.backends.packing import whole_pack
 from mechsteer.errors import MechsteerError
-from mechsteer.interventions import Column, Intervention, check, stacked_hooks
+from mechsteer.hooks import Column, Intervention, check, stacked_hooks
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
+from mechsteer.site import Site
 
 if TYPE_CHECKING:
     from mechsteer.model import Model
+
+Columns = dict[Site, list[Column]]
 
 
 def generate(
@@ -36,178 +41,208 @@ def generate(
     """See `Model.generate`."""
     applied = tuple(interventions)
     right = prompts.padded("right")
-    if max_new_tokens < 1:
-        raise MechsteerError(f"max_new_tokens={max_new_tokens} generates nothing. Pass at least 1.")
-    if bool(right.span("completion").any()):
-        raise MechsteerError(
-            "The prompts hold completions already. Generate from prompts.without_completions(), or make prompts of the "
-            "whole texts to go on from there."
-        )
-    longest = int(right.lengths.max())
-    if longest + max_new_tokens > model.n_ctx:
-        raise MechsteerError(
-            f"Prompt {int(right.lengths.argmax())} has {longest} tokens and {max_new_tokens} are to follow, but the "
-            f"context of {model.name} is {model.n_ctx}. Shorten it, or pass max_new_tokens={model.n_ctx - longest} or "
-            "less."
-        )
-    choose = Choice(temperature, top_k, top_p, seed, right.tokens.device)
+    choose = Choice(temperature, top_k, top_p)
+    _check_room(model, right, max_new_tokens, batch_size)
     model.check_slots(right, applied)
-    check(applied, model, right, n_new=max_new_tokens)
-    eos = _eos_ids(model) if stop_at_eos else []
-    kinds = {site.kind for each in applied for site in each.sites(model.n_layers)}
-    decoder = model.decoder if kinds <= set(PACKED_KINDS) else None
+    # The last new token is never fed to the model, so that nothing can act on it.
+    check(applied, model, right, n_new=max_new_tokens - 1)
+    columns: Columns = {}
+    for each in applied:
+        column = Column([each])
+        for site in each.sites(model.n_layers):
+            columns.setdefault(site, []).append(column)
+    decoder = model.decoder if {site.kind for site in columns} <= set(PACKED_KINDS) else None
+    eos = getattr(model.tokenizer, "eos_token_id", None) if stop_at_eos else None
+    n_ids = _n_ids(prompts.tokenizer)
+    new: list[list[int]] = [[] for _ in range(len(right))]
     # Prompts of like length share a batch.
     order = right.lengths.argsort(stable=True)
-    new: list[list[int]] = [[] for _ in range(len(right))]
     with torch.no_grad(), bar("tokens", len(right) * max_new_tokens, show=progress) as shown:
-        for start in range(0, len(order), batch_size):
-            index = order[start : start + batch_size]
+        for index in order.split(batch_size):
             step = (
-                _Packed(decoder, right, index, applied, max_new_tokens)
+                _Packed(decoder, right, index, columns, max_new_tokens)
                 if decoder
-                else _Hooked(model, right, index, applied)
+                else _Hooked(model, right, index, columns)
             )
-            alive = torch.ones(len(index), dtype=torch.bool, device=index.device)
-            stops = torch.tensor(eos, device=index.device, dtype=torch.long)
-            tokens: list[Tensor] = []
-            lengths = torch.zeros_like(index)
+            draws = None if choose.greedy else uniform_draws(seed, index, max_new_tokens)
+            written = torch.full((len(index), max_new_tokens), -1, device=index.device)
+            # Of the rows that the model still runs: places in the batch, whether they go on, and their last tokens.
+            place, token = torch.arange(len(index), device=index.device), None
+            alive = torch.ones_like(place, dtype=torch.bool)
             for n in range(max_new_tokens):
-                token = choose(step.logits(tokens[-1] if tokens else None), index)
-                tokens.append(token)
-                lengths = lengths + alive
-                alive = alive & ~torch.isin(token, stops)
+                logits = step.logits(token)[:, :n_ids]
+                _check_finite(logits, index[place], n, model)
+                token = choose(logits, None if draws is None else draws[place.cpu(), n])
+                written[place, n] = torch.where(alive, token, -1)
                 shown.advance(len(index))
-                if not bool(alive.any()):
+                if eos is None:
+                    continue
+                alive = alive & (token != eos)
+                n_alive = int(alive.sum())
+                if n_alive == 0:
                     shown.advance(len(index) * (max_new_tokens - n - 1))
                     break
-            for place, row, length in zip(
-                index.tolist(), torch.stack(tokens, 1).tolist(), lengths.tolist(), strict=True
-            ):
-                new[place] = row[:length]
+                if n_alive <= 0.75 * len(alive):  # Leaving rows out copies the cache of those that stay.
+                    kept = alive.nonzero().squeeze(1)
+                    step.keep(kept)
+                    place, token, alive = place[kept], token[kept], alive[kept]
+            for example, row in zip(index.tolist(), written.tolist(), strict=True):
+                new[example] = [token for token in row if token >= 0]
     return prompts.with_completions(new)
 
 
+@dataclass(frozen=True)
 class Choice:
-    """Picks the next token: the likeliest at temperature 0, else a sample.
+    """Picks the next token: the likeliest at temperature 0, else a sample."""
 
-    Every example draws from its own random stream, so that what it gets does not depend on the batch it is in.
-    """
+    temperature: float
+    top_k: int | None
+    top_p: float | None
 
-    def __init__(
-        self, temperature: float, top_k: int | None, top_p: float | None, seed: int, device: torch.device
-    ) -> None:
-        if temperature < 0 or temperature != temperature:
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
             raise MechsteerError(
-                f"temperature={temperature} is negative. Pass 0 for greedy decoding, or more to sample."
+                f"temperature={self.temperature} is no number from 0 up. Pass 0 for greedy decoding, or more to sample."
             )
-        if top_k is not None and top_k < 1:
-            raise MechsteerError(f"top_k={top_k} leaves no token. Pass at least 1, or None for all.")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise MechsteerError(f"top_p={top_p} is no probability above 0. Pass one up to 1, or None for all.")
-        self._temperature, self._top_k, self._top_p, self._seed = temperature, top_k, top_p, seed
-        self._generators: dict[int, torch.Generator] = {}
+        if self.top_k is not None and self.top_k < 1:
+            raise MechsteerError(f"top_k={self.top_k} leaves no token. Pass at least 1, or None for all.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise MechsteerError(f"top_p={self.top_p} is no probability above 0. Pass one up to 1, or None for all.")
+        if self.greedy and (self.top_k, self.top_p) != (None, None):
+            raise MechsteerError(
+                f"top_k={self.top_k} and top_p={self.top_p} are for sampling, but temperature=0 takes the likeliest "
+                "token. Pass temperature=1.0 or another, or leave them out."
+            )
 
-    def __call__(self, logits: Float[Tensor, "batch d_vocab"], index: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """One token per row; `index` says which example each row is."""
-        if self._temperature == 0:
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def __call__(
+        self, logits: Float[Tensor, "batch d_vocab"], uniform: Float[Tensor, " batch"] | None
+    ) -> Int[Tensor, " batch"]:
+        """One token per row: the one at which the cumulative probability passes `uniform`, of [0, 1)."""
+        if uniform is None:
             return logits.argmax(-1)
-        probs = filtered(logits.float() / self._temperature, self._top_k, self._top_p).softmax(-1)
-        uniform = torch.tensor([self._draw(example) for example in index.tolist()], dtype=torch.float64)
-        cumulative = probs.double().cumsum(-1)
-        target = uniform.to(probs.device)[:, None] * cumulative[:, -1:]
-        # Rounding may put the target at the very end, where only tokens without probability are left.
-        likely = probs.shape[-1] - 1 - (probs.flip(-1) > 0).int().argmax(-1)
-        return torch.minimum(torch.searchsorted(cumulative, target, right=True).squeeze(-1), likely)
-
-    def _draw(self, example: int) -> float:
-        if example not in self._generators:
-            # Seeds that differ in little give unlike streams.
-            self._generators[example] = torch.Generator().manual_seed((self._seed * 1_000_003 + example) % (1 << 62))
-        return float(torch.rand((), generator=self._generators[example], dtype=torch.float64))
+        # The likeliest becomes 0, which no temperature can overflow.
+        scaled = (logits - logits.amax(-1, keepdim=True)).float() / self.temperature
+        probs = filtered(scaled, self.top_k, self.top_p).softmax(-1)
+        exact = (probs if probs.is_cuda else probs.cpu()).double()  # Apple's GPUs have no fp64.
+        cumulative = exact.cumsum(-1)
+        target = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, target, right=True).squeeze(-1).to(logits.device)
 
 
 def filtered(
     logits: Float[Tensor, "batch d_vocab"], top_k: int | None, top_p: float | None
 ) -> Float[Tensor, "batch d_vocab"]:
     """Logits with -inf for tokens outside the `top_k` likeliest, and then outside the fewest that reach `top_p`."""
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k, -1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)
+    few = top_k is not None and top_k < logits.shape[-1]
+    if not few and top_p in (None, 1):
+        return logits
+    ordered, ids = logits.topk(top_k) if few else logits.sort(descending=True)
+    if top_p is not None:
         probs = ordered.softmax(-1)
         # A token stays if those likelier than it do not reach top_p; the likeliest always stays.
-        drop = probs.cumsum(-1) - probs >= top_p
-        logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
-    return logits
+        ordered = ordered.masked_fill(probs.cumsum(-1) - probs >= top_p, -torch.inf)
+    return torch.full_like(logits, -torch.inf).scatter(-1, ids, ordered)
+
+
+def uniform_draws(seed: int, index: Int[Tensor, " batch"], n: int) -> Float[Tensor, "batch n"]:
+    """`n` fp64 numbers of [0, 1) for each example, on the CPU.
+
+    Every example has its own random stream, so that what it gets does not depend on the batch that it is in.
+    """
+    streams = [torch.Generator().manual_seed((seed * 1_000_003 + example) % (1 << 62)) for example in index.tolist()]
+    return torch.stack([torch.rand(n, generator=stream, dtype=torch.float64) for stream in streams])
 
 
 class _Packed:
     """The packed forward pass with a cache of keys and values: one new row per example and step."""
 
     def __init__(
-        self, decoder: Decoder, prompts: Prompts, index: Tensor, interventions: tuple[Intervention, ...], n_new: int
+        self, decoder: Decoder, prompts: Prompts, index: Int[Tensor, " batch"], columns: Columns, n_new: int
     ) -> None:
         self._decoder, self._prompts, self._index = decoder, prompts, index
-        self._lengths = prompts.lengths[index]
-        self._cache = Cache.empty(decoder, len(index), int(self._lengths.max()) + n_new)
-        self._n = 0
-        self._edits: dict[tuple[str, int], list[Any]] = {}
-        for each in interventions:
-            column = Column([each])
-            for site in each.sites(decoder.n_layers):
-                self._edits.setdefault((site.kind, -1 if site.layer is None else site.layer), []).append(column)
+        self._start, self._stop = torch.zeros_like(index), prompts.lengths[index]
+        self._cache = Cache.empty(decoder, len(index), int(self._stop.max()) + n_new - 1)
+        self._edits = {(site.kind, -1 if site.layer is None else site.layer): each for site, each in columns.items()}
 
     def logits(self, token: Int[Tensor, " batch"] | None) -> Float[Tensor, "batch d_vocab"]:
-        """Logits for the next token, after `token` has been appended."""
-        decoder = self._decoder
+        """Logits for the next token: of the prompts, or after `token` has been appended."""
+        decoder, read = self._decoder, None
         if token is None:
-            stop = self._lengths
-            read = torch.arange(self._prompts.tokens.shape[1], device=stop.device) == (stop - 1)[:, None]
-            pack = whole_pack(self._prompts, self._index, torch.zeros_like(stop), stop, read=read)
-            ids = self._prompts.tokens[pack.all.rows.example, pack.all.rows.position]
-        else:
-            start = self._lengths + self._n
-            pack = whole_pack(self._prompts, self._index, start, start + 1)
-            ids = token
-            self._n += 1
-        x = decoder.embed(ids, pack.all, self._edits, Capture())
+            positions = torch.arange(self._prompts.tokens.shape[1], device=self._stop.device)
+            read = positions == self._stop[:, None] - 1
+        pack = whole_pack(self._prompts, self._index, self._start, self._stop, read=read)
+        if token is None:
+            token = self._prompts.tokens[pack.all.rows.example, pack.all.rows.position]
+        x = decoder.embed(token, pack.all, self._edits, Capture())
         x = decoder.blocks(x, pack, first=0, stop=decoder.n_layers, own=self._cache, edits=self._edits)
+        self._start, self._stop = self._stop, self._stop + 1
         return decoder.logits(x)
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with some of the rows only."""
+        self._index, self._start, self._stop = self._index[rows], self._start[rows], self._stop[rows]
+        self._cache = Cache([k[rows] for k in self._cache.keys], [v[rows] for v in self._cache.values])
 
 
 class _Hooked:
     """A whole forward pass per step through TransformerLens's hooks, for what the packed one does not cover."""
 
-    def __init__(
-        self, model: "Model", prompts: Prompts, index: Tensor, interventions: tuple[Intervention, ...]
-    ) -> None:
-        self._model, self._prompts, self._index, self._interventions = model, prompts, index, interventions
-        self._tokens: list[Tensor] = []
+    def __init__(self, model: "Model", prompts: Prompts, index: Int[Tensor, " batch"], columns: Columns) -> None:
+        self._model, self._prompts, self._index, self._columns = model, prompts, index, columns
+        self._items = prompts[index].padded("right")
+        self._tokens = index.new_empty(len(index), 0)
 
     def logits(self, token: Int[Tensor, " batch"] | None) -> Float[Tensor, "batch d_vocab"]:
-        """Logits for the next token, after `token` has been appended."""
+        """Logits for the next token: of the prompts, or after `token` has been appended."""
+        items, example = self._items, self._index
         if token is not None:
-            self._tokens.append(token)
-        items = self._prompts[self._index.tolist()]
-        if self._tokens:
-            items = items.with_completions(torch.stack(self._tokens, 1))
-        columns: dict[Any, list[Column]] = {}
-        for each in self._interventions:
-            for site in each.sites(self._model.n_layers):
-                columns.setdefault(site, []).append(Column([each]))
+            self._tokens = torch.cat([self._tokens, token[:, None]], 1)
+            items = items.with_completions(self._tokens)
         hooks = stacked_hooks(
-            columns,
-            self._model,
-            base=self._prompts,
-            items=items,
-            example=self._index,
-            cell=torch.zeros_like(self._index),
+            self._columns, self._model, base=self._prompts, items=items, example=example, cell=torch.zeros_like(example)
         )
-        last = items.positions == items.lengths[:, None] - 1
-        return self._model.forward(items, hooks, (), read=last)[0]
+        return self._model.forward(items, hooks, (), read=items.at(items.lengths - 1))[0]
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        """Go on with some of the rows only."""
+        self._items, self._index, self._tokens = self._items[rows], self._index[rows], self._tokens[rows]
 
 
-def _eos_ids(model: "Model") -> list[int]:
-    eos = getattr(model.tokenizer, "eos_token_id", None)
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+def _check_room(model: "Model", right: Prompts, max_new_tokens: int, batch_size: int) -> None:
+    if max_new_tokens < 1:
+        raise MechsteerError(f"max_new_tokens={max_new_tokens} generates nothing. Pass at least 1.")
+    if batch_size < 1:
+        raise MechsteerError(f"batch_size={batch_size} runs nothing. Pass at least 1.")
+    if bool(right.span("completion").any()):
+        raise MechsteerError(
+            "The prompts hold completions already. Generate from prompts.without_completions(), or make prompts of the "
+            "whole texts to go on from there."
+        )
+    longest = int(right.lengths.max())
+    room = model.n_ctx - longest
+    if max_new_tokens > room:
+        advice = f"Shorten it, or pass max_new_tokens={room} or less." if room else "Shorten it."
+        raise MechsteerError(
+            f"Prompt {int(right.lengths.argmax())} has {longest} tokens and {max_new_tokens} are to follow, but the "
+            f"context of {model.name} is {model.n_ctx}. {advice}"
+        )
+
+
+def _check_finite(
+    logits: Float[Tensor, "batch d_vocab"], example: Int[Tensor, " batch"], n: int, model: "Model"
+) -> None:
+    wrong = ~logits.amax(-1).isfinite()
+    if bool(wrong.any()):
+        raise MechsteerError(
+            f"Prompt {int(example[wrong][0])} has logits that are not finite after {n} new tokens. Make the "
+            f"interventions weaker, or load {model.name} with a wider dtype than {str(model.dtype)[6:]}."
+        )
+
+
+def _n_ids(tokenizer: Any) -> int | None:
+    """How many ids the tokenizer can have tokens for: some models' vocabularies end in ids without one."""
+    return None if tokenizer is None else max(len(tokenizer), 1 + max(tokenizer.added_tokens_decoder, default=-1))

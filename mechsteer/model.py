@@ -176,8 +176,10 @@ class Model:
         stop = None
         if not bool(read.any()) and all(site.layer is not None or site.order[0] < 0 for site in sites):
             stop = max((site.order[0] for site in sites), default=-1) + 1
+        # In the padding anything may stand, also what is no id of this model.
+        tokens = right.tokens.masked_fill(~right.mask, 0).to(self.device)
         with backends.hooks(self.hooked, hooks):
-            rows = backends.logits_at(self.hooked, right.tokens.to(self.device), read.to(self.device), stop=stop)
+            rows = backends.logits_at(self.hooked, tokens, read.to(self.device), stop=stop)
         silent = [site.hook_name for site in sites if site not in taken]
         silent += never_fired(edits) if stop is None else []
         if silent:
@@ -204,7 +206,8 @@ class Model:
             print(steered.completions)
 
         Keys and values are cached (except for architectures and sites that the packed forward pass does not cover,
-        where every step is a whole forward pass). Completions do not depend on the batch that a prompt is in.
+        where every step is a whole forward pass). Completions do not depend on the batch that a prompt is in. Ids that
+        the tokenizer has no token for, which some vocabularies end in, are never chosen.
 
         Args:
             prompts: without completions.
@@ -222,7 +225,8 @@ class Model:
             The prompts with completions: `.completions` has their texts.
 
         Raises:
-            MechsteerError: prompts or interventions do not fit the model, or tokens would pass the context's end.
+            MechsteerError: prompts or interventions do not fit the model, tokens would pass the context's end, an option
+                is out of its range, or logits become infinite or NaN.
         """
         return generation.generate(
             self, self.prompts(prompts), max_new_tokens=max_new_tokens, interventions=interventions,

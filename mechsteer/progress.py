@@ -7,34 +7,43 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+SECONDS = 2.0
+
 
 class Bar:
-    """Counts finished work, and shows itself once two seconds have passed and more is to come."""
+    """Counts finished work, shows itself once two seconds have passed and more is to come, and goes when closed.
+
+    It needs a terminal or a notebook: in a file, where nothing can be redrawn, it stays hidden.
+    """
 
     def __init__(self, what: str, total: int, show: bool) -> None:
-        self._what, self._total, self._show = what, total, show
-        self._done = 0
+        console = Console(stderr=True)
+        # Made now, so that a bar that appears later has counted all the time.
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task(what, total=total)
         self._began = time.perf_counter()
-        self._progress: Progress | None = None
+        self._may_show = show and (console.is_interactive or console.is_jupyter)
+        self._shown = False
 
     def advance(self, steps: int = 1) -> None:
-        self._done += steps
-        if self._progress is None and self._show and time.perf_counter() - self._began > 2 and self._done < self._total:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
+        """Count `steps` more as done."""
+        self._progress.advance(self._task, steps)
+        late = time.perf_counter() - self._began > SECONDS
+        if self._may_show and not self._shown and late and not self._progress.finished:
+            self._shown = True
             self._progress.start()
-            self._progress.add_task(self._what, total=self._total)
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=self._done)
 
     def close(self) -> None:
-        if self._progress is not None:
+        """Take the bar away."""
+        if self._shown:
             self._progress.stop()
 
 
