@@ -159,7 +159,7 @@ def fwd_hooks(
             hooked.generate(prompts.tokens, max_new_tokens=20)
 
     The hooks count the tokens that they have seen, so that positions stay absolute when a KV cache hands them one token
-    at a time: one token goes on after those before, except on the first call, and several start a new pass.
+    at a time: except on the first call, one token goes on after those before, and several start a new pass.
 
     Args:
         interventions: any number; where two change the same hook point, the first goes first.
@@ -327,39 +327,40 @@ class Hook:
             return prompts
         # A KV cache hands on one token at a time.
         if prompts is None or width > 1 or batch != len(prompts):
-            if self._given is None and prompts is not None and width < prompts.tokens.shape[1]:
-                self._refuse_if_placed(prompts, width)
             self._prompts = prompts = self._start(batch, width, device)
             self._seen = 0
         self._seen += width
         return prompts
 
     def _start(self, batch: int, width: int, device: torch.device) -> Prompts:
-        """A new pass over the prompts that the hook was made for, or over whatever comes."""
-        prompts = self._given
-        if prompts is None:
-            prompts = Prompts.from_ids(torch.zeros(batch, width, dtype=torch.long))
-            for column in self._columns:
-                for each in column.cells:
-                    each.check_prompts(prompts, n_new=self._n_new)
-        elif tuple(prompts.tokens.shape) != (batch, width):
-            raise MechsteerError(
-                f"The hooks were made for prompts of shape {tuple(prompts.tokens.shape)} and got activations of "
-                f"{batch} by {width} tokens. Make them with the prompts that are run."
-            )
-        prompts = prompts.to(device)
-        self._right = prompts.padded("right") if self._base is None else self._base
+        """A new pass over prompts, with or without tokens that were generated since."""
         # Values are looked up anew, because an optimiser may have changed them since the last pass.
         self._columns = [Column(column.cells) for column in self._columns]
+        prompts = self._prompts if self._given is None else self._given
+        if prompts is None or len(prompts) != batch or not 0 <= width - prompts.tokens.shape[1] <= self._n_new:
+            prompts = self._others(prompts, batch, width)
+        prompts = prompts.to(device)
+        self._right = prompts.padded("right") if self._base is None else self._base
         return prompts
 
-    def _refuse_if_placed(self, prompts: Prompts, width: int) -> None:
-        """A narrower pass can be a shorter prompt, or go on after a prefix in a KV cache."""
-        if any(each.placed for column in self._columns for each in column.cells):
+    def _others(self, prompts: Prompts | None, batch: int, width: int) -> Prompts:
+        """Prompts other than those of the last pass, where the hook was made for any."""
+        if self._given is not None:
+            raise MechsteerError(
+                f"The hooks were made for prompts of shape {list(self._given.tokens.shape)} and {self._n_new} new tokens, "
+                f"and got activations of {batch} by {width} tokens. Make them with the prompts that are run."
+            )
+        each = [each for column in self._columns for each in column.cells]
+        # Narrower can mean a shorter prompt, or that several tokens go on after a prefix in a KV cache.
+        if prompts is not None and width < prompts.tokens.shape[1] and any(one.placed for one in each):
             raise MechsteerError(
                 f"The hooks at {self._point} depend on positions; they were used on {prompts.tokens.shape[1]} tokens "
                 f"and now get {width}. Make new hooks for other prompts."
             )
+        prompts = Prompts.from_ids(torch.zeros(batch, width, dtype=torch.long))
+        for one in each:
+            one.check_prompts(prompts, n_new=self._n_new)
+        return prompts
 
     def _shift(self, x: Tensor, prompts: Prompts, sign: int) -> Tensor:
         """Turn the source axis of [batch, dest, head, src] so that sources are absolute (-1), or back (1)."""
