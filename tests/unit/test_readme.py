@@ -1,9 +1,12 @@
 """The README's code runs."""
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
+
+from mechsteer.pocket.labeller import label
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,4 +21,5 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, capsys: 
     gaps = names["gaps"]["logit_gap"].isel(prompt=0)  # type: ignore[index]
     # Without a patch the answer is John; the name that differs is at position 11, and moves on from there.
     assert gaps.sel(layer=0, pos=3) < 0 < gaps.sel(layer=0, pos=11)
-    assert re.search(r"kitten|whisker|feline|purr|tabb", capsys.readouterr().out)
+    printed = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("["))
+    assert sum(label(text).on_topic("cats") for text in ast.literal_eval(printed)) == 3
