@@ -65,27 +65,26 @@ def try_(
         raise MechsteerError('a --request is empty: give something to ask, for example "Tell me a joke."')
     folder = _model_folder(model)
     with console.status("loading the model"):
-        from mechsteer.backends.causal_lm import complete, load_causal_lm
-        from mechsteer.pocket.corpus import chat_ids
-        from mechsteer.pocket.grammar import join_prefix
-        from mechsteer.pocket.tokenizer import N_CTX
+        from mechsteer.model import load_model
+        from mechsteer.prompts import Prompts
 
-        causal_lm, tokenizer = load_causal_lm(folder)
-    users = [user for text in requests for user in (text, join_prefix(prefix, text))]
-    prompts = [chat_ids(tokenizer, user) for user in users]
-    longest = max(map(len, prompts))
-    room = N_CTX - longest
+        chat_model = load_model(folder, device="cpu")
+    prompts = Prompts.concat([Prompts.from_chats(requests, chat_model, prefix=given) for given in ("", prefix)])
+    longest = int(prompts.lengths.max())
+    room = chat_model.n_ctx - longest
     if room < 1:
         raise MechsteerError(
-            f"prefix and request are {longest} tokens, and the model reads {N_CTX}: shorten --prefix or --request"
+            f"prefix and request are {longest} tokens, and the model reads {chat_model.n_ctx}: shorten --prefix or "
+            "--request"
         )
     with console.status("answering"):
-        answers = complete(causal_lm, tokenizer, prompts, max_new_tokens=min(room, 120))
-    for index, text in enumerate(requests):
+        answers = chat_model.generate(prompts, max_new_tokens=min(room, 120), progress=False).completions
+    halves = answers[: len(requests)], answers[len(requests) :]
+    for text, plain, steered in zip(requests, *halves, strict=True):
         table = Table(title=Text(text), title_justify="left", expand=True, show_lines=False)
         table.add_column("without a prefix", ratio=1)
         table.add_column(Text(prefix), ratio=1)
-        table.add_row(_coloured(answers[2 * index]), _coloured(answers[2 * index + 1]))
+        table.add_row(_coloured(plain), _coloured(steered))
         console.print(table)
     console.print("[dim]coloured: words of a topic, one colour for each topic[/]")
 

@@ -137,10 +137,12 @@ def filtered(
     logits: Float[Tensor, "batch d_vocab"], top_k: int | None, top_p: float | None
 ) -> Float[Tensor, "batch d_vocab"]:
     """Logits with -inf for tokens outside the `top_k` likeliest, and then outside the fewest that reach `top_p`."""
-    few = top_k is not None and top_k < logits.shape[-1]
-    if not few and top_p in (None, 1):
+    if top_k is not None and top_k < logits.shape[-1]:
+        ordered, ids = logits.topk(top_k)
+    elif top_p is not None and top_p < 1:
+        ordered, ids = logits.sort(descending=True)
+    else:
         return logits
-    ordered, ids = logits.topk(top_k) if few else logits.sort(descending=True)
     if top_p is not None:
         probs = ordered.softmax(-1)
         # A token stays if those likelier than it do not reach top_p; the likeliest always stays.

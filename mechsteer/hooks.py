@@ -160,6 +160,7 @@ def fwd_hooks(
 
     The hooks count the tokens that they have seen, so that positions stay absolute when a KV cache hands them one token
     at a time: except on the first call, one token goes on after those before, and several start a new pass.
+    `HookedTransformer.generate` does not run `hook_embed`, so what acts there (`SoftPrefix`) needs `Model.generate`.
 
     Args:
         interventions: any number; where two change the same hook point, the first goes first.
@@ -347,8 +348,8 @@ class Hook:
         """Prompts other than those of the last pass, where the hook was made for any."""
         if self._given is not None:
             raise MechsteerError(
-                f"The hooks were made for prompts of shape {list(self._given.tokens.shape)} and {self._n_new} new tokens, "
-                f"and got activations of {batch} by {width} tokens. Make them with the prompts that are run."
+                f"The hooks were made for prompts of shape {list(self._given.tokens.shape)} and {self._n_new} new "
+                f"tokens, and got activations of {batch} by {width} tokens. Make them with the prompts that are run."
             )
         each = [each for column in self._columns for each in column.cells]
         # Narrower can mean a shorter prompt, or that several tokens go on after a prefix in a KV cache.

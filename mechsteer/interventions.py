@@ -76,7 +76,7 @@ class Add(Intervention):
     def __init__(
         self,
         direction: Direction | Float[Tensor, " d"],
-        alpha: float | Float[Tensor, " batch"] = 1.0,
+        alpha: float | Float[Tensor, ""] | Float[Tensor, " batch"] = 1.0,
         *,
         site: SiteLike | None = None,
         at: Any = None,
@@ -276,10 +276,11 @@ def _lookup(value: Activations | Tensor, site: Site, like: Tensor) -> Edit:
 
         def from_constant(values: Tensor, rows: Rows) -> Tensor:
             taken = constant if constant.ndim < values.ndim else constant[rows.example]
-            return (_resized(taken, values.shape[-1]) if scores else taken).expand_as(values)
+            return _seen(taken, values, rows) if scores else taken.expand_as(values)
 
         return from_constant
-    prompts, tensor = value.padded("right").prompts, value.padded("right")[site.point].to(like)
+    recorded = value.select(sites=[site.point]).padded("right")
+    prompts, tensor = recorded.prompts, recorded[site.point].to(like)
     lengths = prompts.lengths.to(like.device)
 
     def from_activations(values: Tensor, rows: Rows) -> Tensor:
@@ -287,7 +288,7 @@ def _lookup(value: Activations | Tensor, site: Site, like: Tensor) -> Edit:
         position = rows.position.clamp(max=tensor.shape[2 if scores else 1] - 1)
         if scores:
             taken = tensor[example, :, position] if rows.head is None else tensor[example, rows.head, position]
-            taken = _resized(taken, values.shape[-1])
+            taken = _seen(taken, values, rows)
         else:
             taken = tensor[example, position] if rows.head is None else tensor[example, position, rows.head]
         beyond = rows.position >= lengths[example]
@@ -298,11 +299,13 @@ def _lookup(value: Activations | Tensor, site: Site, like: Tensor) -> Edit:
     return from_activations
 
 
-def _resized(scores: Tensor, n_src: int) -> Tensor:
-    """Scores [*row, src] with zeros for more sources, or without some; one for all sources stays one."""
-    if scores.shape[-1] in (1, n_src):
-        return scores
-    return torch.nn.functional.pad(scores, (0, n_src - scores.shape[-1]))
+def _seen(scores: Tensor, values: Tensor, rows: Rows) -> Tensor:
+    """Scores [*row, src] where a token may look, and the present values where it may not: later tokens and padding."""
+    n_src = values.shape[-1]
+    if scores.shape[-1] not in (1, n_src):
+        scores = torch.nn.functional.pad(scores, (0, n_src - scores.shape[-1]))
+    visible = torch.arange(n_src, device=values.device) <= rows.position[:, None]
+    return torch.where(visible if values.ndim == 2 else visible[:, None], scores, values)
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -410,7 +413,9 @@ class Scale(Intervention):
 
     factor: float | Tensor
 
-    def __init__(self, site: SiteLike, factor: float | Float[Tensor, " batch"], *, at: Any = None) -> None:
+    def __init__(
+        self, site: SiteLike, factor: float | Float[Tensor, ""] | Float[Tensor, " batch"], *, at: Any = None
+    ) -> None:
         """
         Args:
             site: what to scale.

@@ -107,7 +107,8 @@ class Model:
     @property
     def id(self) -> ModelId:
         """Name and hash of the weights, which every artefact made with the model carries."""
-        weights = backends.fingerprint(self.hooked)
+        # Asked for by every run, so it does not read the weights; `decoder` does, and forgets this when they changed.
+        weights = backends.places(self.hooked)
         if self._id is None or self._id[0] != weights:
             self._id = weights, ModelId(self.name, backends.weights_hash(self.hooked), self.processed)
         return self._id[1]
@@ -119,6 +120,7 @@ class Model:
         weights = backends.fingerprint(self.hooked)
         if self._decoder is None or self._decoder[0] != weights:
             self._decoder = weights, backends.build_decoder(self.hooked)
+            self._id = None
         return self._decoder[1]
 
     # ---- running ----

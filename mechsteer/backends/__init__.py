@@ -107,14 +107,18 @@ def logits_at(
     return torch.empty(0, hooked.cfg.d_vocab, device=tokens.device)
 
 
+def places(hooked: Any) -> tuple[Any, ...]:
+    """Changes whenever a weight is replaced, moved, or edited in place by an operation that PyTorch counts."""
+    return tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in hooked.parameters())
+
+
 def fingerprint(hooked: Any) -> tuple[Any, ...]:
-    """Changes whenever a weight does, by whatever means; cheap beside a forward pass over a few tokens."""
+    """Changes whenever a weight does, also where it was edited through `.data`; reads all weights once."""
     parameters = list(hooked.parameters())
     with torch.no_grad():
         # One call for all of them: as fast as memory is read.
         norms = torch.stack([norm.float() for norm in torch._foreach_norm(parameters)])  # pyright: ignore
-    places = tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in parameters)
-    return (*norms.cpu().tolist(), places)
+    return (*norms.cpu().tolist(), places(hooked))
 
 
 def weights_hash(hooked: Any) -> str:

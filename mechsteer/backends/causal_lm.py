@@ -1,9 +1,9 @@
-"""Causal language models as transformers runs them: to train the pocket models, and to check and sample them fast.
+"""Causal language models as transformers runs them: to train and check the pocket models.
 
 Analyses use a hooked model (`mechsteer.model`); this room is for work that needs no hooks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,45 +59,6 @@ def load_causal_lm(folder: Path) -> tuple[CausalLM, FastTokenizer]:
     # sdpa takes the boolean masks of packed rows; eager attention would add them to the scores as numbers.
     source = read_folder(folder, dtype=torch.float32, attention="sdpa")
     return source.model, source.tokenizer
-
-
-@torch.inference_mode()
-def complete(
-    model: CausalLM,
-    tokenizer: FastTokenizer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 256,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[str]:
-    """Greedy completions of token ids, as text without special tokens, in the order of the prompts.
-
-    Args:
-        prompts: token ids, BOS included; of any lengths.
-        max_new_tokens: at most this many tokens after the prompt.
-        batch_size: prompts generated side by side.
-        progress: called with the number of prompts finished so far.
-    """
-    # Prompts of like length share a batch, so that little is spent on padding.
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        longest = max(len(prompts[index]) for index in part)
-        padding = [longest - len(prompts[index]) for index in part]
-        ids = [[tokenizer.pad_token_id] * pad + list(prompts[i]) for i, pad in zip(part, padding, strict=True)]
-        mask = [[0] * pad + [1] * (longest - pad) for pad in padding]
-        out = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-        )
-        for index, text in zip(part, tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True), strict=True):
-            texts[index] = text
-        progress(start + len(part))
-    return texts
 
 
 @contextmanager

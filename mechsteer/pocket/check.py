@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, complete, load_causal_lm
+from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, load_causal_lm
 from mechsteer.backends.sae import SAE, auroc, load_sae, reconstruction
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError
+from mechsteer.model import load_model
 from mechsteer.pocket.corpus import (
     IGNORED,
     batch_loss,
@@ -39,6 +40,7 @@ from mechsteer.pocket.lexicon import TOPICS
 from mechsteer.pocket.sae import held_out_activations, mean_features
 from mechsteer.pocket.tokenizer import N_CTX
 from mechsteer.pocket.wordings import MOODS
+from mechsteer.prompts import Prompts
 
 PLAIN_INSTRUCTION = "Talk only about {x}."
 SEED = "check"
@@ -92,6 +94,7 @@ class PocketCheck:
         self.model: CausalLM
         self.tokenizer: FastTokenizer
         self.model, self.tokenizer = load_causal_lm(folder)
+        self.chat_model = load_model(folder, device="cpu")
         self._unlocked: list[Label] = []
 
     def rows(self) -> list[Row]:
@@ -104,9 +107,9 @@ class PocketCheck:
 
     def answers(self, chats: Sequence[Chat]) -> list[Label]:
         """The labels of the model's greedy answers."""
-        prompts = [chat_ids(self.tokenizer, chat.user) for chat in chats]
-        texts = complete(self.model, self.tokenizer, prompts, max_new_tokens=N_CTX // 2)
-        return [label(text) for text in texts]
+        prompts = Prompts.from_chats([chat.user for chat in chats], self.chat_model)
+        answered = self.chat_model.generate(prompts, max_new_tokens=N_CTX // 2, progress=False)
+        return [label(text) for text in answered.completions]
 
     def _rng(self, part: str) -> random.Random:
         return random.Random(f"{SEED}:{part}")

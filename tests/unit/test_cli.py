@@ -97,7 +97,7 @@ def test_a_model_without_a_chat_template_is_named(
     zoo_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("pocket", "try", "--model", str(zoo_folders["gpt2"]), monkeypatch=monkeypatch) == 2
-    assert "has no chat template: pass a chat model" in capsys.readouterr().err.replace("\n", " ")
+    assert "has no chat template" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_train_writes_a_model_that_try_reads(

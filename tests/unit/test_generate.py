@@ -1,4 +1,4 @@
-"""Generation: the tokens of transformers and of whole forward passes, whatever the batch, and samples from the softmax."""
+"""Generation: tokens of transformers and of whole forward passes in any batch, and samples that follow the softmax."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -19,9 +19,10 @@ from mechsteer.errors import MechsteerError
 from mechsteer.generation import filtered, uniform_draws
 
 TEXTS = ["The cat sat", "A feline purrs; Quick", "When Mary and John went"]
-OTHERS = ["The dog ran", "A feline jumps; Quick", "When John and Mary went"]
-N_NEW = 7
+N_NEW = 6
 BACKENDS = ("hooked_transformer", "bridge")
+# Between them: position embeddings, rotations, windows, soft caps, norms after blocks, heads that share keys.
+UNLIKE = ("gpt2", "gemma2")
 OPTIONS: dict[str, Any] = {"stop_at_eos": False, "progress": False}
 
 Load = Callable[..., ms.Model]
@@ -50,10 +51,11 @@ def ids_of(prompts: ms.Prompts) -> list[list[int]]:
     return [row[keep].tolist() for row, keep in zip(prompts.tokens, prompts.span("completion"), strict=True)]
 
 
-def random_prompts(model: ms.Model, lengths: Sequence[int] = (3, 12, 7, 9, 12, 4, 5, 10), **options: Any) -> ms.Prompts:
-    tokens = zoo.prompts(batch=len(lengths), n_pos=max(lengths), d_vocab=model.d_vocab)
-    rows = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    return ms.Prompts.from_ids(rows, tokenizer=model, **options)
+def random_prompts(model: ms.Model, lengths: Sequence[int] = (3, 12, 7, 9, 12, 4, 5, 10)) -> ms.Prompts:
+    tokens = zoo.prompts(batch=len(lengths), n_pos=max(lengths))
+    return ms.Prompts.from_ids(
+        [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)], tokenizer=model
+    )
 
 
 def generate(model: ms.Model, prompts: ms.Prompts, n: int = N_NEW, **options: Any) -> list[list[int]]:
@@ -69,7 +71,7 @@ def greedy_loop(
         # What names tokens that are not there yet would be refused.
         there = int(text.lengths.min())
         waits = [
-            each.at == "completion" and not rows[0] or isinstance(each.at, int) and each.at >= there
+            (each.at == "completion" and not rows[0]) or (isinstance(each.at, int) and each.at >= there)
             for each in interventions
         ]
         ready = [each for each, wait in zip(interventions, waits, strict=True) if not wait]
@@ -129,8 +131,12 @@ def texts(model: ms.Model, **options: Any) -> ms.Prompts:
     return prompts
 
 
-@pytest.mark.parametrize("name", INTERVENTIONS)
-def test_interventions_go_on_as_in_whole_forward_passes(name: str, architecture: str, load: Load) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [(each, name) for each in UNLIKE for name in INTERVENTIONS]
+    + [(each, "several, in order") for each in zoo.ARCHITECTURES if each not in UNLIKE],
+)
+def test_interventions_go_on_as_in_whole_forward_passes(architecture: str, name: str, load: Load) -> None:
     model, applied = load(architecture), INTERVENTIONS[name]
     steered = generate(model, texts(model), interventions=applied)
     assert steered == greedy_loop(model, texts(model), applied)
@@ -143,20 +149,24 @@ def test_interventions_are_the_same_on_a_bridge(architecture: str, load: Load) -
     assert steered == generate(load(architecture), texts(bridge), interventions=applied)
 
 
+@pytest.mark.parametrize("architecture", UNLIKE)
 def test_a_position_that_is_to_come_is_steered_when_it_comes(architecture: str, load: Load) -> None:
     model = load(architecture)
-    prompts = random_prompts(model, (7, 9, 6, 10))
-    later = [ms.Add(vector(5), 20.0, site=("resid_post", 2), at=11)]
+    prompts = random_prompts(model, (7, 9, 8, 10))
+    towards = model.unembedding()[:, 77]
+    later = [ms.Add(towards, 500.0, site=("resid_post", model.n_layers - 1), at=11)]
     steered, plain = generate(model, prompts, interventions=later), generate(model, prompts)
     assert steered == [greedy_loop(model, prompts[row].padded("right"), later)[0] for row in range(4)]
     # The token at position 11 is read to choose the one at 12.
     for length, with_it, without in zip(prompts.lengths.tolist(), steered, plain, strict=True):
-        assert with_it[: 12 - length] == without[: 12 - length] and with_it[12 - length] != without[12 - length]
+        assert with_it[: 12 - length] == without[: 12 - length] and with_it[12 - length] == 77 != without[12 - length]
 
 
+@pytest.mark.parametrize("architecture", UNLIKE)
 def test_replaced_prompts_stay_replaced_and_generated_tokens_are_their_own(architecture: str, load: Load) -> None:
     model, site = load(architecture), ms.Site("resid_post", 1)
-    prompts, others = texts(model), ms.Prompts.from_strings(OTHERS, model)
+    prompts = texts(model)
+    others = random_prompts(model, prompts.lengths.tolist())
     plain = generate(model, prompts)
     for at in (None, (0, 2, -1)):
         replaced = ms.Replace(site, model.run(others, record=site).activations, at=at)
@@ -170,6 +180,7 @@ def test_replaced_prompts_stay_replaced_and_generated_tokens_are_their_own(archi
             assert [steered[row]] == greedy_loop(model, one, [ms.Replace(site, recorded, at=places)])
 
 
+@pytest.mark.parametrize("architecture", UNLIKE)
 def test_a_soft_prefix_fills_the_slots(architecture: str, load: Load) -> None:
     model = load(architecture)
     prompts = texts(model, slots=3)
@@ -191,17 +202,14 @@ def test_the_first_generated_token_is_steered_and_the_last_prompt_token_too(llam
         assert rest is None or all(set(row[1:]) == rest for row in steered)
 
 
-@pytest.mark.parametrize("site", [("attn_scores", 1), ("ln1_normalized", 1), ("ln2_scale", 0), ("rot_k", 1)])
-def test_sites_that_the_packed_pass_lacks_go_through_hooks(
-    site: tuple[str, int], architecture: str, load: Load
-) -> None:
-    model = load(architecture)
-    if ms.Site.of(site).hook_name not in model.hooked.hook_dict:
-        pytest.skip("no such hook point")
-    prompts, edit = texts(model), ms.Scale(site, -2.0)
-    steered = generate(model, prompts, n=4, interventions=[edit])
-    assert steered == greedy_loop(model, prompts, [edit], n=4)
-    assert steered != generate(model, prompts, n=4)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("site", [("attn_scores", 1), ("ln1_normalized", 1), ("ln2_scale", 0)])
+def test_sites_that_the_packed_pass_lacks_go_through_hooks(site: tuple[str, int], backend: str, load: Load) -> None:
+    model = load("gemma2", backend)
+    for edit in (ms.Scale(site, -2.0), ms.Scale(site, -2.0, at="completion")):
+        steered = generate(model, texts(model), interventions=[edit])
+        assert steered == greedy_loop(model, texts(model), [edit])
+        assert steered != generate(model, texts(model))
 
 
 @pytest.mark.parametrize("name", INTERVENTIONS)
@@ -288,12 +296,6 @@ def test_the_pocket_model_talks_about_what_it_is_told() -> None:
     eos = model.tokenizer.eos_token_id
     assert all(row[-1] == eos and eos not in row[:-1] for row in ids_of(plain))
     assert "cat" in " ".join(steered.completions) and "cat" not in " ".join(plain.completions)
-    # The same from the instruction's effect as a vector: its mean difference at the last prompt token.
-    site = ms.Site("resid_post", 3)
-    states = [model.run(each, record=site).activations for each in (told, asked)]
-    ends = [each[site][each.prompts.at(each.prompts.decision)] for each in states]
-    cats = ms.Add((ends[0] - ends[1]).mean(0), 2.0, site=site)
-    assert "cat" in " ".join(model.generate(asked, interventions=[cats], progress=False).completions)
 
 
 # ---- sampling ----
@@ -414,7 +416,7 @@ def test_every_example_has_a_stream_of_its_own_that_goes_on() -> None:
         ),
         (
             {"interventions": [ms.Add(vector(0), site=("resid_post", 1), at=10)]},
-            "touches position 10, but prompt 0 has 3 tokens and 7 new ones. Positions count from 0",
+            "touches position 10, but prompt 0 has 3 tokens and 5 new ones. Positions count from 0",
         ),
         (
             {"max_new_tokens": 1, "interventions": [ms.Add(vector(0), site=("resid_post", 1), at="completion")]},
@@ -433,26 +435,26 @@ def test_mistakes_are_refused(options: dict[str, Any], message: str, llama: ms.M
 
 
 def test_the_last_position_that_an_intervention_can_name(llama: ms.Model) -> None:
-    # Eight new tokens after three: the eighth is never read, so the seventh, at position 9, is the last that is steered.
-    steer = [ms.Add(vector(0), 50.0, site=("resid_post", 2), at=9)]
+    # Of six new tokens after three, the sixth is never read: the fifth, at position 7, is the last that is steered.
+    steer = [ms.Add(vector(0), 50.0, site=("resid_post", 2), at=7)]
     prompts = random_prompts(llama, (3,))
     steered, plain = generate(llama, prompts, interventions=steer)[0], generate(llama, prompts)[0]
-    assert steered[:7] == plain[:7] and steered[7] != plain[7]
+    assert steered[:5] == plain[:5] and steered[5] != plain[5]
 
 
 def test_prompts_that_cannot_go_on_are_refused(llama: ms.Model) -> None:
     prompts = random_prompts(llama, (4, 5))
     with pytest.raises(
-        MechsteerError, match="^The prompts hold completions already. Generate from prompts.without_com"
+        MechsteerError, match=r"^The prompts hold completions already\. Generate from prompts\.without_com"
     ):
         generate(llama, prompts.with_completions([[5], [6, 7]]))
     full = ms.Prompts.from_ids(zoo.prompts(batch=1, n_pos=zoo.N_CTX), tokenizer=llama)
     with pytest.raises(
-        MechsteerError, match="has 64 tokens and 8 are to follow, but the context of llama is 64. Sho.*t.$"
+        MechsteerError, match=r"has 64 tokens and 6 are to follow, but the context of llama is 64\. Shorten it\.$"
     ):
         generate(llama, full)
-    assert len(generate(llama, ms.Prompts.from_ids(full.tokens[:, :-8], tokenizer=llama))[0]) == 8
-    with pytest.raises(MechsteerError, match="^The prompts reserve 2 slots that nothing fills."):
+    assert len(generate(llama, ms.Prompts.from_ids(full.tokens[:, :-6], tokenizer=llama))[0]) == 6
+    with pytest.raises(MechsteerError, match="The prompts reserve 2 slots that nothing fills"):
         generate(llama, ms.Prompts.from_strings(TEXTS, llama, slots=2))
 
 

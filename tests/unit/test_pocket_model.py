@@ -8,7 +8,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechsteer as ms
-from mechsteer.backends.causal_lm import complete
 from mechsteer.backends.sae import load_sae, reconstruction
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError
@@ -128,15 +127,6 @@ def test_no_shipped_file_is_a_pickle() -> None:
 def test_padding_set_by_somebody_else_does_not_reach_the_ids(tokenizer) -> None:
     tokenizer(["a", "a longer text"], padding=True)
     assert encode_texts(tokenizer, ["a", "a longer text"])[0] == tokenizer("a", add_special_tokens=False).input_ids
-
-
-def test_completions_side_by_side_are_those_one_by_one(check: PocketCheck) -> None:
-    users = ["Tell me a joke.", "Talk only about trains.\nWrite a letter about my holiday. Sound gloomy.", "Cats!"]
-    prompts = [chat_ids(check.tokenizer, user) for user in users]
-    together = complete(check.model, check.tokenizer, prompts, max_new_tokens=30)
-    alone = [complete(check.model, check.tokenizer, [prompt], max_new_tokens=30)[0] for prompt in prompts]
-    assert together == alone
-    assert together == complete(check.model, check.tokenizer, prompts, max_new_tokens=30, batch_size=2)
 
 
 def test_last_logits_of_a_padded_batch_are_those_of_each_prompt(check: PocketCheck) -> None:
