@@ -1,5 +1,6 @@
 """Interventions as plain hooks in other people's code: `run_with_hooks`, and `generate` with a KV cache."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from mechsteer.errors import MechsteerError
 from mechsteer.site import Site
 
 backends = pytest.mark.parametrize("backend", ["hooked_transformer", "bridge"])
+# A bridge says that it computes norms by another formula where they are edited.
+pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited")
 
 
 @backends
@@ -122,16 +125,23 @@ def generate(
 
 
 def assert_greedy(
-    model: ms.Model, prompts: ms.Prompts, new: torch.Tensor, at: Any, site: Site, v: torch.Tensor
+    model: ms.Model, prompts: ms.Prompts, new: torch.Tensor, hooks: Callable[[int, int, int], PlainHooks]
 ) -> None:
-    """Every token is the likeliest of a whole forward pass over one prompt and its completion, with a hook by hand."""
-    for row, mask, completion in zip(prompts.tokens, prompts.mask, new, strict=True):
-        tokens = torch.cat([row[mask], completion])[None]
-        n_prompt, total = int(mask.sum()), tokens.shape[1]
-        hooks = by_hand(site, position_mask(at, n_prompt, total), lambda x: x + v)
+    """Every token is the likeliest of a whole forward pass over one prompt and its completion, with hooks by hand.
+
+    Args:
+        hooks: makes them, given the example, the length of its prompt, and that of the whole.
+    """
+    for i, completion in enumerate(new):
+        n_prompt = int(prompts.lengths[i])
+        tokens = torch.cat([prompts.tokens[i][prompts.mask[i]], completion])[None]
         with torch.no_grad():
-            logits = model.hooked.run_with_hooks(tokens, fwd_hooks=hooks)
-        assert logits[0, n_prompt - 1 : -1].argmax(-1).tolist() == completion.tolist(), (at, site)
+            logits = model.hooked.run_with_hooks(tokens, fwd_hooks=hooks(i, n_prompt, tokens.shape[1]))
+        assert logits[0, n_prompt - 1 : -1].argmax(-1).tolist() == completion.tolist()
+
+
+def added_by_hand(at: Any, site: Site, v: torch.Tensor) -> Callable[[int, int, int], PlainHooks]:
+    return lambda i, n_prompt, total: by_hand(site, position_mask(at, n_prompt, total), lambda x: x + v)
 
 
 @backends
@@ -151,9 +161,65 @@ def test_positions_hold_in_generate(zoo_models: Any, architecture: str, backend:
             for cache in (True, False) if site.kind == "resid_post" and backend == "hooked_transformer" else (True,):
                 hooks = ms.Add(v, site=site, at=at).fwd_hooks(model, prompts, n_new=n_new)
                 new = generate(model, prompts, n_new, hooks, cache=cache)
-                assert_greedy(model, prompts, new, at, site, v)
+                assert_greedy(model, prompts, new, added_by_hand(at, site, v))
                 changed.append(not torch.equal(new, plain))
     assert sum(changed) > len(changed) / 2
+
+
+def test_all_kinds_of_edits_hold_in_generate(zoo_models: Any, architecture: str) -> None:
+    """What was recorded at the prompt's positions, heads and sources of attention, with left padding and a cache."""
+    model, n_new = zoo_models(architecture), 4
+    prompts = ms.Prompts.from_ids(ids((4, 7))).padded("left")
+    resid, pattern, head = Site("resid_post", 1), Site("pattern", 1), Site("z", 1, head=1)
+    donors = model.run(ms.Prompts.from_ids(ids((4, 7), seed=1)), record=[resid, pattern]).activations
+    v = noise(zoo.D_MODEL)
+    off = torch.eye(zoo.D_MODEL) - v.outer(v) / v.dot(v)
+    writes = [Site("resid_pre", 0), *(Site(kind, layer) for layer in range(3) for kind in ("attn_out", "mlp_out"))]
+
+    def patched(i: int, n_prompt: int, total: int) -> PlainHooks:
+        def into_resid(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([donors[resid][i : i + 1, :n_prompt], x[:, n_prompt:]], 1)
+
+        return by_hand(resid, torch.ones(1, total, dtype=torch.bool), into_resid)
+
+    def patched_pattern(i: int, n_prompt: int, total: int) -> PlainHooks:
+        def into_pattern(x: torch.Tensor) -> torch.Tensor:
+            full = x.clone()
+            full[:, :, :n_prompt, :n_prompt] = donors[pattern][i : i + 1, :, :n_prompt, :n_prompt]
+            return full
+
+        return by_hand(pattern, torch.ones(1, total, dtype=torch.bool), into_pattern)
+
+    def projected(i: int, n_prompt: int, total: int) -> PlainHooks:
+        everywhere = torch.ones(1, total, dtype=torch.bool)
+        return [hook for site in writes for hook in by_hand(site, everywhere, lambda x: x @ off)]
+
+    def scaled(i: int, n_prompt: int, total: int) -> PlainHooks:
+        return by_hand(head, position_mask("completion", n_prompt, total), lambda x: 4 * x)
+
+    cases = [
+        (ms.Replace(resid, donors), patched),
+        (ms.Replace(pattern, donors), patched_pattern),
+        (ms.Ablate(v, everywhere=True), projected),
+        (ms.Scale(head, 4.0, at="completion"), scaled),
+    ]
+    for edit, by_plain_hooks in cases:
+        new = generate(model, prompts, n_new, edit.fwd_hooks(model, prompts, n_new=n_new))
+        assert_greedy(model, prompts, new, by_plain_hooks)
+
+
+def test_the_pocket_model_is_steered_alike_by_both_ways_of_generating() -> None:
+    """Chats of unlike lengths, a prefix, and steering at spans: TransformerLens's `generate` and mechsteer's."""
+    model = ms.load_model("pocket")
+    requests = ["What should I cook for dinner?", "Hello", "Tell me about the weather today, please."]
+    prompts = ms.Prompts.from_chats(requests, model, prefix="Talk only about cats.", padding="left")
+    v = 6 * noise(model.d_model)
+    for at in (None, "prefix", "user", "completion", -1):
+        edits = [ms.Add(v, 0.5, site=("resid_post", 3), at=at), ms.Ablate(v, site=("mlp_out", 4), at=at)]
+        hooks = ms.fwd_hooks(edits, model, prompts, n_new=8)
+        steered = model.generate(prompts, interventions=edits, max_new_tokens=8, stop_at_eos=False, progress=False)
+        expected = steered.tokens[steered.span("completion")].view(3, 8)
+        assert generate(model, prompts, 8, hooks).tolist() == expected.tolist()
 
 
 def test_generation_from_one_token_counts_on(zoo_models: Any) -> None:
@@ -164,7 +230,7 @@ def test_generation_from_one_token_counts_on(zoo_models: Any) -> None:
         for site in (Site("resid_post", 1), Site("ln1_normalized", 1)):
             for at in (0, "completion", (1, 3), None):
                 hooks = ms.Add(v, site=site, at=at).fwd_hooks(model, known, n_new=4)
-                assert_greedy(model, prompts, generate(model, prompts, 4, hooks), at, site, v)
+                assert_greedy(model, prompts, generate(model, prompts, 4, hooks), added_by_hand(at, site, v))
     # One token in a run of mechsteer's own.
     run, everywhere = (
         model.run(prompts, [ms.Add(v, site=("ln1_normalized", 1), at=at)]).logits for at in (0, None)

@@ -1,26 +1,24 @@
-"""Each intervention is the plain TransformerLens hook that one would write by hand, and keeps the laws of its kind."""
+"""Each intervention is the plain TransformerLens hook that one would write by hand."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from plain import N_POS, all_sites, assert_close, assert_is_by_hand, by_hand, heads_of, noise, real, where, with_spans
+from plain import N_POS, all_sites, assert_close, assert_is_by_hand, by_hand, heads_of, noise, with_spans
 
 import mechsteer as ms
 from mechsteer.errors import MechsteerError
-from mechsteer.rows import Rows, first_touched, last_touched, touched
-from mechsteer.site import KINDS, Site
+from mechsteer.site import Site
 
 backends = pytest.mark.parametrize("backend", ["hooked_transformer", "bridge"])
+# A bridge says that it computes norms by another formula where they are edited.
+pytestmark = pytest.mark.filterwarnings("ignore:A forward hook edited")
 
 
 # ---- each class against a hook written by hand ----
 
-RULES = [None, "prefix", "user", "completion", 0, 3, -1, (0, 2, -1, -3)]
+RULES = [None, "user", "completion", 3, -1, (0, 2, -1, -3)]
 
 
 @backends
@@ -55,21 +53,17 @@ def test_replace_patches_every_kind_of_site(zoo_models: Any, architecture: str, 
         # All prompts have the same position embeddings.
         if site.kind == "pos_embed" or (site.kind == "resid_mid" and backend == "bridge"):
             continue
-        for head in heads_of(model, site):
-            here = site.at(head=head)
-            intervention = ms.Replace(here, donors, at=(1, -2) if head is None else None)
-            assert_is_by_hand(
-                model,
-                prompts,
-                intervention,
-                lambda mask, here=here: by_hand(here, mask, lambda x: cache[here.hook_name]),
-            )
+        # By head on one backend, whole on the other.
+        here = site.at(head=heads_of(model, site)[-1 if backend == "hooked_transformer" else 0])
+        intervention = ms.Replace(here, donors, at=(1, -2) if here.head is None else None)
+        assert_is_by_hand(
+            model, prompts, intervention, lambda mask, here=here: by_hand(here, mask, lambda x: cache[here.hook_name])
+        )
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_resid_mid_means_the_same_on_a_bridge(zoo_models: Any, architecture: str, grad: bool) -> None:
+def test_resid_mid_means_the_same_on_a_bridge(zoo_models: Any, architecture: str) -> None:
     """Alone, several times, among edits of both its addends, recorded, and with gradients."""
-    v, w = noise(zoo.D_MODEL), noise(zoo.D_MODEL, seed=1).requires_grad_(grad)
+    v, w = noise(zoo.D_MODEL), noise(zoo.D_MODEL, seed=1).requires_grad_()
     results = []
     for backend in ("hooked_transformer", "bridge"):
         model, prompts = zoo_models(architecture, backend), with_spans()
@@ -86,10 +80,9 @@ def test_resid_mid_means_the_same_on_a_bridge(zoo_models: Any, architecture: str
             ],
             [ms.Add(w, site=out, at=0), ms.Ablate(w, site=mid), ms.Ablate(v, everywhere=True)],
         ]
-        runs = [model.run(prompts, each, record=[pre, out, mid, ("mlp_pre", 1)], grad=grad) for each in edits]
+        runs = [model.run(prompts, each, record=[pre, out, mid, ("mlp_pre", 1)], grad=True) for each in edits]
         tensors = [value for run in runs for value in (run.logits, *run.activations.values())]
-        if grad:
-            tensors += torch.autograd.grad(sum(run.logits.square().sum() for run in runs), w)
+        tensors += torch.autograd.grad(sum(run.logits.square().sum() for run in runs), w)
         results.append(tensors)
     for one, other in zip(*results, strict=True):
         assert_close(other, one, 1e-4)
@@ -108,18 +101,18 @@ def test_replace_by_constants(zoo_models: Any, architecture: str, backend: str) 
         (Site("pattern", 1), (zoo.N_HEADS, 1)),
     ]
     for site, shape in constants:
-        for value in (noise(*shape), noise(3, *shape)):
-            each = value[:2] if value.ndim > len(shape) else value.expand(2, *shape)
-            each = each[:, None] if site.head is None else each[:, None, None]  # [example, pos, ...]
-            # A token looks at no later one, whatever the value.
-            seen = site.axes[-1] != "src" or torch.ones(N_POS, N_POS).tril().bool()
-            each = each if seen is True else each[..., :N_POS].transpose(1, 2)
-            assert_is_by_hand(
-                model, prompts, ms.Replace(site, value, at=(2, -1)),
-                lambda mask, site=site, each=each, seen=seen: by_hand(
-                    site, mask, lambda x: torch.where(torch.as_tensor(seen), each, x)
-                ),
-            )  # fmt: skip
+        value = noise(*shape) if backend == "bridge" else noise(3, *shape)  # one for all, or each example's own
+        each = value[:2] if value.ndim > len(shape) else value.expand(2, *shape)
+        each = each[:, None] if site.head is None else each[:, None, None]  # [example, pos, ...]
+        # A token looks at no later one, whatever the value.
+        seen = site.axes[-1] != "src" or torch.ones(N_POS, N_POS).tril().bool()
+        each = each if seen is True else each[..., :N_POS].transpose(1, 2)
+        assert_is_by_hand(
+            model, prompts, ms.Replace(site, value, at=(2, -1)),
+            lambda mask, site=site, each=each, seen=seen: by_hand(
+                site, mask, lambda x: torch.where(torch.as_tensor(seen), each, x)
+            ),
+        )  # fmt: skip
 
 
 @backends
@@ -156,9 +149,11 @@ def test_ablate_everywhere_projects_all_writes(zoo_models: Any, architecture: st
         assert (value @ v).abs().max() < 1e-4 * value.abs().max() * v.norm()
 
 
-@backends
-def test_scale_multiplies_a_site_or_a_head(zoo_models: Any, architecture: str, backend: str) -> None:
-    model, prompts = zoo_models(architecture, backend), with_spans()
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "hooked_transformer") for name in zoo.ARCHITECTURES), ("gemma3", "bridge")]
+)
+def test_scale_multiplies_a_site_or_a_head(zoo_models: Any, name: str, backend: str) -> None:
+    model, prompts = zoo_models(name, backend), with_spans()
     factors = torch.tensor([0.25, -1.5, 3.0])
 
     def change(x: torch.Tensor) -> torch.Tensor:
@@ -187,181 +182,6 @@ def test_a_soft_prefix_of_real_tokens_is_those_tokens(zoo_models: Any, architect
         assert (gradient.abs().amax(1) > 1e-4).all()
         wrong = model.run(reserved, [ms.SoftPrefix(embeddings.flip(0).detach())])
         assert (wrong.logits - expected.logits).abs().max() > 0.1
-
-
-# ---- laws ----
-
-VECTOR_KINDS = [kind for kind, entry in KINDS.items() if entry.axes[-1] not in ("src", "one") and kind != "pos_embed"]
-lengths_ = st.lists(st.integers(7, 14), min_size=1, max_size=3)
-ats = st.sampled_from([None, "user", "completion", 0, 2, -1, (0, -1), (-2, 1)])
-alphas_ = st.floats(-8, 8).filter(lambda alpha: abs(alpha) > 0.1)
-sides = st.sampled_from(["left", "right"])
-laws = settings(max_examples=20, deadline=None)
-# A model without and one with rotation, gated MLP, grouped queries and norms after attention.
-names = st.sampled_from(["gpt2", "gemma3"])
-
-
-def draw_site(data: Any, model: ms.Model, kinds: Sequence[str] = VECTOR_KINDS) -> Site:
-    kind = data.draw(
-        st.sampled_from([kind for kind in kinds if KINDS[kind].hook.format(layer=0) in model.hooked.hook_dict])
-    )
-    site = Site(kind, data.draw(st.integers(0, 2)) if "{layer}" in KINDS[kind].hook else None)
-    return site.at(head=data.draw(st.sampled_from(heads_of(model, site))))
-
-
-def draw_vector(data: Any, model: ms.Model, site: Site, *rows: int) -> torch.Tensor:
-    width = model.width(site)
-    assert width is not None
-    return noise(*rows, width, seed=data.draw(st.integers(0, 1000)))
-
-
-def assert_same(model: ms.Model, prompts: ms.Prompts, one: Any, other: Any, tolerance: float = 2e-5) -> None:
-    assert_close(model.run(prompts, one).logits, model.run(prompts, other).logits, tolerance)
-
-
-@laws
-@given(data=st.data(), name=names, lengths=lengths_, side=sides, at=ats, a=alphas_, b=alphas_)
-def test_addition_is_linear_in_alpha(
-    zoo_models: Any, data: Any, name: str, lengths: list[int], side: str, at: Any, a: float, b: float
-) -> None:
-    model, prompts = zoo_models(name), with_spans(lengths).padded(side)
-    site = draw_site(data, model)
-    v = draw_vector(data, model, site)
-    assert_same(model, prompts, [ms.Add(v, 0.0, site=site, at=at)], [], 1e-6)
-    both = [ms.Add(v, a, site=site, at=at), ms.Add(v, b, site=site, at=at)]
-    assert_same(model, prompts, both, [ms.Add(v, a + b, site=site, at=at)], 1e-4)
-    assert_same(model, prompts, [ms.Add(v, -a, site=site, at=at)], [ms.Add(-v, a, site=site, at=at)], 1e-6)
-    direction = ms.Direction(v, site.at(head=None), model.id)
-    assert_same(model, prompts, [ms.Add(direction * a, site=site, at=at)], [ms.Add(v, a, site=site, at=at)])
-
-
-@laws
-@given(data=st.data(), name=names, lengths=lengths_, side=sides, at=ats)
-def test_ablation_is_a_projection(
-    zoo_models: Any, data: Any, name: str, lengths: list[int], side: str, at: Any
-) -> None:
-    model, prompts = zoo_models(name), with_spans(lengths).padded(side)
-    site = draw_site(data, model)
-    vectors = draw_vector(data, model, site, data.draw(st.integers(1, 3)))
-    once = ms.Ablate(vectors, site=site, at=at)
-    run = model.run(prompts, [once], record=site)
-    touched_ = where(prompts, at)
-    left = run.activations[site][touched_] @ vectors.T
-    assert left.abs().max() < 1e-4 * max(1.0, float(run.activations[site].abs().max())) * vectors.norm()
-    assert_close(model.run(prompts, [once, once]).logits, run.logits)
-    mixed = torch.linalg.qr(noise(len(vectors), len(vectors), seed=5))[0] @ vectors * 7.0
-    assert_close(model.run(prompts, [ms.Ablate(mixed, site=site, at=at)]).logits, run.logits, 1e-4)
-    one_by_one = [ms.Ablate(row, site=site, at=at) for row in once.basis]
-    assert_close(model.run(prompts, one_by_one[::-1]).logits, run.logits, 1e-4)
-
-
-@laws
-@given(data=st.data(), name=names, lengths=lengths_, side=sides, at=ats, a=alphas_)
-def test_interventions_act_in_the_order_given(
-    zoo_models: Any, data: Any, name: str, lengths: list[int], side: str, at: Any, a: float
-) -> None:
-    model, prompts = zoo_models(name), with_spans(lengths).padded(side)
-    site = draw_site(data, model)
-    v = draw_vector(data, model, site)
-    add, ablate, double = ms.Add(v, a, site=site, at=at), ms.Ablate(v, site=site, at=at), ms.Scale(site, 2.0, at=at)
-    assert_same(model, prompts, [add, ablate], [ablate], 1e-4)
-    first = model.run(prompts, [ablate, add], record=site).activations[site][where(prompts, at)]
-    assert_close(first @ v / v.dot(v), torch.full(first.shape[:-1], a), 1e-4)
-    assert_same(model, prompts, [add, double], [double, ms.Add(v, 2 * a, site=site, at=at)], 1e-4)
-    # At unlike hook points the model's own order counts, not the list's.
-    other = draw_site(data, model)
-    if other.point != site.point:
-        halve = ms.Scale(other, 0.5)
-        assert_same(model, prompts, [add, halve], [halve, add], 1e-6)
-
-
-@laws
-@given(data=st.data(), name=names, lengths=lengths_, side=sides, at=ats)
-def test_scaling_by_one_and_replacing_by_itself_change_nothing(
-    zoo_models: Any, data: Any, name: str, lengths: list[int], side: str, at: Any
-) -> None:
-    model, prompts = zoo_models(name), with_spans(lengths).padded(side)
-    site = draw_site(data, model, [kind for kind in KINDS if kind != "pos_embed"])
-    plain = model.run(prompts, record=site)
-    # Activations know their positions, so that they fit prompts that are padded otherwise.
-    for activations in (plain.activations, model.run(prompts.padded("right"), record=site).activations):
-        assert_close(model.run(prompts, [ms.Replace(site, activations, at=at)]).logits, plain.logits, 1e-6)
-    assert_close(model.run(prompts, [ms.Scale(site, 1.0, at=at)]).logits, plain.logits, 1e-6)
-    assert_same(
-        model, prompts, [ms.Scale(site, 0.5, at=at), ms.Scale(site, 3.0, at=at)], [ms.Scale(site, 1.5, at=at)], 1e-4
-    )
-
-
-@laws
-@given(data=st.data(), name=names, lengths=lengths_, at=ats)
-def test_batched_under_any_padding_is_one_by_one(
-    zoo_models: Any, data: Any, name: str, lengths: list[int], at: Any
-) -> None:
-    model, prompts = zoo_models(name), with_spans(lengths)
-    site = draw_site(data, model)
-    v, numbers = draw_vector(data, model, site), noise(len(lengths), seed=3)
-    donors = model.run(with_spans(lengths, seed=4), record=site).activations
-    constant = noise(len(lengths), *donors[site].shape[2:], seed=6)
-
-    def edits(i: Any) -> list[ms.Intervention]:
-        return [
-            ms.Replace(site, donors.example(i), at=at),
-            ms.Add(v, numbers[i], site=site, at=at),
-            ms.Ablate(v + 1, site=site, at=at),
-            ms.Scale(site, numbers[i]),
-            ms.Replace(Site("mlp_out", 2), constant[i] if site.kind == "mlp_out" else noise(zoo.D_MODEL), at=0),
-        ]
-
-    left, right = (real(model.run(prompts.padded(side), edits(slice(None)))) for side in ("left", "right"))
-    for i in range(len(lengths)):
-        alone = model.run(prompts[i].padded("right"), edits(slice(i, i + 1))).logits[0]
-        assert_close(left[i], alone, 1e-4)
-        assert_close(right[i], alone, 1e-4)
-
-
-@settings(max_examples=200, deadline=None)
-@given(lengths=lengths_, rules=st.lists(ats | st.integers(-3, 2), min_size=1, max_size=4), seed=st.integers(0, 99))
-def test_rows_are_touched_as_their_cells_say(lengths: list[int], rules: list[Any], seed: int) -> None:
-    prompts = with_spans(lengths).padded("right")
-    generator = torch.Generator().manual_seed(seed)
-    n_rows = 30
-    example = torch.randint(len(lengths), (n_rows,), generator=generator)
-    position = torch.randint(max(lengths) + 3, (n_rows,), generator=generator)
-    cell = torch.randint(len(rules), (n_rows,), generator=generator)
-    got = touched(rules, Rows(prompts, example, position, cell))
-    masks = [where(prompts, at) for at in rules]
-    for row in range(n_rows):
-        e, p, at = int(example[row]), int(position[row]), rules[int(cell[row])]
-        if p < lengths[e]:
-            expected = bool(masks[int(cell[row])][e, p])
-        else:
-            expected = at in (None, "completion") or p in (at if isinstance(at, tuple) else (at,))
-        assert bool(got is None or got[row]) == expected
-    firsts = first_touched(rules, prompts)
-    for at, mask, first in zip(rules, masks, firsts, strict=True):
-        columns = [row.nonzero().squeeze(1).tolist() for row in mask]
-        assert first.tolist() == [each[0] if each else n for each, n in zip(columns, lengths, strict=True)]
-        assert last_touched(at, prompts).tolist() == [each[-1] if each else -1 for each in columns]
-
-
-# ---- attention scores ----
-
-
-@backends
-def test_edits_of_scores_leave_the_future_hidden(zoo_models: Any, architecture: str, backend: str) -> None:
-    """Recorded scores of padded prompts hold zeros at padding, and zero times minus infinity is no number."""
-    model, prompts = zoo_models(architecture, backend), with_spans((5, N_POS))
-    site = Site("attn_scores", 1)
-    donors = model.run(with_spans((5, N_POS), seed=1), record=site).activations
-    factor = torch.tensor(0.0, requires_grad=True)
-    for edits in ([ms.Replace(site, donors)], [ms.Scale(site, 0.0)], [ms.Scale(site.at(head=1), -1.0, at=-1)]):
-        run = model.run(prompts, edits, record=("pattern", 1))
-        pattern = run.activations["pattern", 1]
-        assert_close(pattern.sum(-1)[prompts.mask[:, None].expand(-1, zoo.N_HEADS, -1)], torch.ones(4 * (5 + N_POS)))
-        assert not pattern.triu(1).any()
-    run = model.run(prompts, [ms.Scale(site, factor)], grad=True)
-    (gradient,) = torch.autograd.grad(run.logits.square().sum(), factor)
-    assert bool(gradient.isfinite()) and gradient.abs() > 1e-4
 
 
 # ---- weights ----
@@ -410,18 +230,3 @@ def test_what_no_weights_can_hold_is_refused(zoo_models: Any) -> None:
         ms.Add(v, site=("resid_post", 3)).to_weights(model)
     with pytest.raises(MechsteerError, match=r"got d_model=5"):
         ms.Add(v[:5], site=("resid_post", 1)).to_weights(model)
-
-
-def test_nothing_that_was_passed_is_changed(zoo_models: Any) -> None:
-    model, prompts, v = zoo_models("llama"), with_spans(), noise(zoo.D_MODEL)
-    site = Site("resid_post", 1)
-    donors = model.run(prompts, record=site).activations
-    kept = (v.clone(), donors[site].clone(), prompts.tokens.clone(), prompts.mask.clone())
-    model.run(
-        prompts,
-        [ms.Replace(site, donors), ms.Add(v, 2.0, site=site, at=0), ms.Scale(site, 3.0), ms.Ablate(v, site=site)],
-    )
-    for before, after in zip(kept, (v, donors[site], prompts.tokens, prompts.mask), strict=True):
-        assert torch.equal(before, after)
-    with pytest.raises(AttributeError):
-        ms.Add(v, site=site).alpha = 3.0  # type: ignore[misc]
