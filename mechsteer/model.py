@@ -227,8 +227,8 @@ class Model:
             The prompts with completions: `.completions` has their texts.
 
         Raises:
-            MechsteerError: prompts or interventions do not fit the model, tokens would pass the context's end, an option
-                is out of its range, or logits become infinite or NaN.
+            MechsteerError: prompts or interventions do not fit the model, tokens would pass the context's end, an
+                option is out of its range, or logits become infinite or NaN.
         """
         return generation.generate(
             self, self.prompts(prompts), max_new_tokens=max_new_tokens, interventions=interventions,
