@@ -4,19 +4,22 @@
     python benchmarks/engine.py --check          # exit status 1 where a bar is missed
     python benchmarks/engine.py --models pocket stories260K --runs 3
 
-Each line is one piece of work done three ways, turn by turn: TransformerLens's own function (or the plain loop that its
-users write), a loop with one hooked forward pass per cell, and `sweep`. What is printed is the ratio of the medians; the
-largest difference between the values, over the largest of them where that is above 1; and the floating-point operations
-that `sweep` did over the least that the cells' own layers and positions need.
+Each line is one piece of work done three ways, turn by turn: TransformerLens's own function (or the plain loop that
+its users write), a loop with one hooked forward pass per cell, and `sweep`. What is printed is the ratio of the
+medians; the largest difference between the values, over the largest of them where that is above 1; and the
+floating-point operations that `sweep` did over the least that the cells' own layers and positions need.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ["TQDM_DISABLE"] = "1"  # get_act_patch_resid_pre would draw a bar for every turn
 
 import torch
 from rich.console import Console

@@ -169,7 +169,8 @@ class Replace(Intervention):
         value: activations recorded on as many prompts of the same lengths (each example and absolute position is
             replaced by its own), or a tensor: [*feature] for all tokens, [batch, *feature] for all tokens of an
             example. The feature axes are those of the site without batch and position, and without head where the site
-            names one.
+            names one. Of `pattern` and `attn_scores` that is [head, src], or [head, 1] for all sources; later tokens
+            and padding stay hidden, whatever the value.
     """
 
     value: Activations | Tensor

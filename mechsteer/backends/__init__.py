@@ -30,8 +30,8 @@ else:
 # Settings that say where a model is, what it is called or what its hooks show, not what it computes.
 _NOT_COMPUTED_WITH = """device n_devices seed init_mode init_weights initializer_range model_name tokenizer_name
 default_prepend_bos tokenizer_prepends_bos trust_remote_code _name_or_path transformers_version use_attn_result
-use_split_qkv_input use_hook_mlp_in use_attn_in use_hook_tokens use_cache ungroup_grouped_query_attention checkpoint_index
-checkpoint_label_type checkpoint_value"""
+use_split_qkv_input use_hook_mlp_in use_attn_in use_hook_tokens use_cache ungroup_grouped_query_attention
+checkpoint_index checkpoint_label_type checkpoint_value"""
 
 BACKENDS = ("hooked_transformer", "bridge")
 
