@@ -16,7 +16,7 @@ class Bar:
     It needs a terminal or a notebook: in a file, where nothing can be redrawn, it stays hidden.
     """
 
-    def __init__(self, what: str, total: int, show: bool) -> None:
+    def __init__(self, what: str, total: int | None, show: bool) -> None:
         console = Console(stderr=True)
         # Made now, so that a bar that appears later has counted all the time.
         self._progress = Progress(
@@ -48,8 +48,8 @@ class Bar:
 
 
 @contextmanager
-def bar(what: str, total: int, *, show: bool = True) -> Iterator[Bar]:
-    """A bar for `total` steps of work."""
+def bar(what: str, total: int | None, *, show: bool = True) -> Iterator[Bar]:
+    """A bar for `total` steps of work; None where nobody knows how many."""
     made = Bar(what, total, show)
     try:
         yield made

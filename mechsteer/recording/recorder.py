@@ -2,9 +2,7 @@
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from mechsteer.activations import check_where
 from mechsteer.errors import MechsteerError
 from mechsteer.files import save_tensors, stamp
 from mechsteer.model import Model
+from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.recording.reader import (
     COLUMNS,
@@ -97,7 +94,8 @@ def record_stream(
     known = [part for part in parts if isinstance(part, Prompts)] if isinstance(parts, list) else None
     total = None if known is None else sum(int(part.mask.sum()) for part in known)
     stream = _stream(model, parts, where)
-    with _bar(total, shown=progress) as advance:
+    with bar("tokens", total, show=progress) as shown:
+        advance = shown.advance
         for number in range(len(manifest.shards)):
             _skip(stream, manifest, number, advance)
         if manifest.complete and next(stream, None) is not None:
@@ -294,32 +292,3 @@ def _check_finite(
             "Pass a wider one, or leave dtype out."
         )
     raise MechsteerError(f"{where} is NaN or infinite. Leave out that prompt, or run the model in a wider dtype.")
-
-
-@contextmanager
-def _bar(total: int | None, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar that appears after two seconds; yields what moves it on by some tokens."""
-    bar = Progress(
-        TextColumn("recording"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not shown,
-    )
-    task, began, started = bar.add_task("", total=total), time.monotonic(), False
-
-    def advance(tokens: int) -> None:
-        nonlocal started
-        bar.advance(task, tokens)
-        if not started and time.monotonic() - began > 2:
-            bar.start()
-            started = True
-
-    try:
-        yield advance
-    finally:
-        if started:
-            bar.stop()
