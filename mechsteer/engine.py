@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsteer.activations import Activations
@@ -73,7 +73,7 @@ class Clean:
 
     cache: Cache
     resid: dict[int, Tensor]
-    rows: Tensor | None
+    rows: Float[Tensor, "read d_vocab"] | None
     sites: dict[tuple[str, int], Tensor]
 
 
@@ -94,7 +94,8 @@ class Engine:
 
     def __post_init__(self) -> None:
         masks = [mask for each in self.measures.values() if (mask := each.reads(self.prompts)) is not None]
-        self.read: Tensor = torch.stack(masks).any(0) if masks else torch.zeros_like(self.prompts.mask)
+        none = torch.zeros_like(self.prompts.mask)
+        self.read: Bool[Tensor, "batch pos"] = torch.stack(masks).any(0) if masks else none
         self.sites = list(dict.fromkeys(site for each in self.measures.values() for site in each.sites()))
         for site in self.sites:
             self.model.check_site(site)
@@ -106,7 +107,7 @@ class Engine:
         needed = self.prompts.mask if self.sites else self.read
         counts = torch.arange(n_pos, device=needed.device) + 1
         # Nothing after the last token that an objective reads needs computing.
-        self.stop: Tensor = (needed * counts).amax(1)
+        self.stop: Int[Tensor, " batch"] = (needed * counts).amax(1)
 
     def packs(self, cell: Cell) -> bool:
         """Whether the packed forward pass covers the cell; otherwise it takes TransformerLens's hooks."""
@@ -136,7 +137,7 @@ class Engine:
         resid: dict[int, Tensor] = {}
         slots = pack.all.rows
 
-        def keep(layer: int, kind: str, x: Tensor) -> None:
+        def keep(layer: int, kind: str, x: Float[Tensor, "row d_model"]) -> None:
             stage = 2 * layer + (kind == "resid_mid")
             if stage in stages and x.shape[0] == slots.position.shape[0]:
                 full = x.new_zeros(n_examples, n_pos, x.shape[-1])
@@ -181,7 +182,13 @@ class Engine:
         # Items are ordered by example, then cell.
         return {name: value.view(len(chunk), len(cells)).T for name, value in values.items()}
 
-    def _packed(self, cells: Sequence[Cell], chunk: Tensor, start: Tensor, clean: Clean) -> Run:
+    def _packed(
+        self,
+        cells: Sequence[Cell],
+        chunk: Int[Tensor, " example"],
+        start: Int[Tensor, "cell example"],
+        clean: Clean,
+    ) -> Run:
         decoder, n_cells = self.decoder, len(cells)
         assert decoder is not None
         n_layers = decoder.n_layers
@@ -224,7 +231,8 @@ class Engine:
         return self._run(n_cells, chunk, start, x, computed, pack, clean, capture)
 
     def _run(
-        self, n_cells: int, chunk: Tensor, start: Tensor, x: Tensor, computed: Rows, pack: Pack, clean: Clean,
+        self, n_cells: int, chunk: Int[Tensor, " example"], start: Int[Tensor, "example cell"],
+        x: Float[Tensor, "computed d_model"], computed: Rows, pack: Pack, clean: Clean,
         capture: Capture,
     ) -> Run:  # fmt: skip
         """The Run whose rows are the items, with clean values where nothing was computed."""
@@ -258,7 +266,7 @@ class Engine:
         activations = Activations(values, prompts=prompts, model=self.model_id)
         return Run(prompts, logits, read, activations, example)
 
-    def _hooked(self, cells: Sequence[Cell], chunk: Tensor) -> Run:
+    def _hooked(self, cells: Sequence[Cell], chunk: Int[Tensor, " example"]) -> Run:
         """The same through full forward passes with TransformerLens's hooks, all items in one batch."""
         n_cells = len(cells)
         example = chunk.repeat_interleave(n_cells)
@@ -289,13 +297,19 @@ def _take(prompts: Prompts, index: Int[Tensor, " row"]) -> Prompts:
     return replace(prompts, labels=())[index]
 
 
-def _spread(x: Tensor, rows: Rows, prompts: Prompts) -> Tensor:
+def _spread(x: Float[Tensor, "row *feature"], rows: Rows, prompts: Prompts) -> Float[Tensor, "batch pos *feature"]:
     """Rows [row, ...] of whole prompts as [batch, pos, ...]."""
     full = x.new_zeros(*prompts.tokens.shape, *x.shape[1:])
     return full.index_put((rows.example, rows.position), x)
 
 
-def _put(full: Tensor, x: Tensor, item: Tensor, position: Tensor, site: Site) -> Tensor:
+def _put(
+    full: Float[Tensor, "item pos ..."],
+    x: Float[Tensor, "row ..."],
+    item: Int[Tensor, " row"],
+    position: Int[Tensor, " row"],
+    site: Site,
+) -> Float[Tensor, "item pos ..."]:
     if site.axes[-1] == "src":
         n_src = full.shape[-1]
         x = torch.nn.functional.pad(x, (0, max(0, n_src - x.shape[-1])))[..., :n_src]

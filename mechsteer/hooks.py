@@ -51,7 +51,7 @@ class Intervention(ABC):
 
     @classmethod
     @abstractmethod
-    def _edit(cls, cells: Sequence[Any], like: Tensor) -> Edit:
+    def _edit(cls, cells: Sequence[Any], like: Float[Tensor, "..."]) -> Edit:
         """The change that each cell's intervention makes, as one function of (values [row, *feature], rows).
 
         Args:
@@ -243,10 +243,10 @@ class _Moved:
     def fired(self) -> bool:
         return self._inner.fired
 
-    def keep(self, tensor: Tensor, hook: Any = None) -> None:
+    def keep(self, tensor: Float[Tensor, "..."], hook: Any = None) -> None:
         self._resid_pre = [tensor]
 
-    def __call__(self, tensor: Tensor, hook: Any = None) -> Tensor:
+    def __call__(self, tensor: Float[Tensor, "*shape"], hook: Any = None) -> Float[Tensor, "*shape"]:
         resid_pre = self._resid_pre.pop()
         return self._inner(resid_pre + tensor) - resid_pre
 
@@ -274,8 +274,8 @@ class Hook:
         prompts: Prompts | None,
         *,
         base: Prompts | None = None,
-        example: Tensor | None = None,
-        cell: Tensor | None = None,
+        example: Int[Tensor, " item"] | None = None,
+        cell: Int[Tensor, " item"] | None = None,
         n_new: int = 0,
     ) -> None:
         self.fired = False
@@ -289,7 +289,7 @@ class Hook:
         self._n_calls = 3 if point.kind.startswith("ln1") and model.backend == "hooked_transformer" else 1
         self._calls = 0
 
-    def __call__(self, tensor: Tensor, hook: Any = None) -> Tensor:
+    def __call__(self, tensor: Float[Tensor, "*shape"], hook: Any = None) -> Float[Tensor, "*shape"]:
         self.fired = True
         if self._point.kind == "attn_scores":
             # What causality hides (-inf) stays hidden, whatever the edit makes of it.
@@ -297,7 +297,7 @@ class Hook:
             return self._edited(tensor.masked_fill(hidden, 0)).masked_fill(hidden, -torch.inf)
         return self._edited(tensor)
 
-    def _edited(self, tensor: Tensor) -> Tensor:
+    def _edited(self, tensor: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         x = tensor.transpose(1, 2) if self._scores else tensor
         batch, width = x.shape[:2]
         prompts = self._advance(batch, width, x.device)
@@ -363,7 +363,9 @@ class Hook:
             one.check_prompts(prompts, n_new=self._n_new)
         return prompts
 
-    def _shift(self, x: Tensor, prompts: Prompts, sign: int) -> Tensor:
+    def _shift(
+        self, x: Float[Tensor, "batch dest head src"], prompts: Prompts, sign: int
+    ) -> Float[Tensor, "batch dest head src"]:
         """Turn the source axis of [batch, dest, head, src] so that sources are absolute (-1), or back (1)."""
         if prompts.padding_side == "right":
             return x

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsteer.activations import Activations
@@ -103,11 +103,11 @@ class Add(Intervention):
         object.__setattr__(self, "alpha", _number(alpha, "alpha"))
 
     @classmethod
-    def _edit(cls, cells: Sequence["Add"], like: Tensor) -> Edit:
+    def _edit(cls, cells: Sequence["Add"], like: Float[Tensor, "..."]) -> Edit:
         alphas = stack_numbers([cell.alpha for cell in cells], like)
         vectors, which = _stack_unique([cell.direction.vectors[0] for cell in cells], like)
 
-        def edit(values: Tensor, rows: Rows) -> Tensor:
+        def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             alpha = alphas(rows)
             if isinstance(alpha, Tensor):
                 alpha = alpha.view(-1, *[1] * (values.ndim - 1))
@@ -147,7 +147,9 @@ class Add(Intervention):
         return model.with_bias(self.site.layer, self.alpha * self.direction.vectors[0])
 
 
-def _stack_unique(vectors: Sequence[Tensor], like: Tensor) -> tuple[Tensor, Tensor | None]:
+def _stack_unique(
+    vectors: Sequence[Float[Tensor, "_"]], like: Float[Tensor, "..."]
+) -> tuple[Float[Tensor, "unique d"], Int[Tensor, " cell"] | None]:
     """The different vectors as one tensor, and which of them each cell has; None where there is only one."""
     unique = {id(vector): vector for vector in vectors}
     # Slices of one tensor are new objects each time they are taken.
@@ -199,7 +201,7 @@ class Replace(Intervention):
         object.__setattr__(self, "value", value)
 
     @classmethod
-    def _edit(cls, cells: Sequence["Replace"], like: Tensor) -> Edit:
+    def _edit(cls, cells: Sequence["Replace"], like: Float[Tensor, "..."]) -> Edit:
         unique = {id(cell.value): cell.value for cell in cells}
         keys = list(unique)
         lookups = [_lookup(value, cells[0].site, like) for value in unique.values()]
@@ -208,7 +210,7 @@ class Replace(Intervention):
             index = {key: i for i, key in enumerate(keys)}
             which = torch.tensor([index[id(cell.value)] for cell in cells], device=like.device)
 
-        def edit(values: Tensor, rows: Rows) -> Tensor:
+        def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             if which is None:
                 return lookups[0](values, rows)
             source = which[rows.cell]
@@ -269,13 +271,13 @@ class Replace(Intervention):
         return tuple(axis for axis in self.site.axes if axis not in tokens)
 
 
-def _lookup(value: Activations | Tensor, site: Site, like: Tensor) -> Edit:
+def _lookup(value: Activations | Tensor, site: Site, like: Float[Tensor, "..."]) -> Edit:
     """Values of the site for each row, as a function of (present values, rows)."""
     scores = site.axes[-1] == "src"
     if isinstance(value, Tensor):
         constant = value.to(like)
 
-        def from_constant(values: Tensor, rows: Rows) -> Tensor:
+        def from_constant(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             taken = constant if constant.ndim < values.ndim else constant[rows.example]
             return _seen(taken, values, rows) if scores else taken.expand_as(values)
 
@@ -284,7 +286,7 @@ def _lookup(value: Activations | Tensor, site: Site, like: Tensor) -> Edit:
     prompts, tensor = recorded.prompts, recorded[site.point].to(like)
     lengths = prompts.lengths.to(like.device)
 
-    def from_activations(values: Tensor, rows: Rows) -> Tensor:
+    def from_activations(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
         example = rows.example if len(prompts) > 1 else torch.zeros_like(rows.example)
         position = rows.position.clamp(max=tensor.shape[2 if scores else 1] - 1)
         if scores:
@@ -323,7 +325,7 @@ class Ablate(Intervention):
     """
 
     direction: Direction
-    basis: Tensor = field(repr=False)
+    basis: Float[Tensor, "k d"] = field(repr=False)
     everywhere: bool
 
     def __init__(
@@ -361,7 +363,7 @@ class Ablate(Intervention):
         return (Site("resid_pre", 0), *writes)
 
     @classmethod
-    def _edit(cls, cells: Sequence["Ablate"], like: Tensor) -> Edit:
+    def _edit(cls, cells: Sequence["Ablate"], like: Float[Tensor, "..."]) -> Edit:
         unique = {id(cell.direction): cell.basis.to(like) for cell in cells}
         bases = list(unique.values())
         which = None
@@ -369,10 +371,10 @@ class Ablate(Intervention):
             index = {key: i for i, key in enumerate(unique)}
             which = torch.tensor([index[id(cell.direction)] for cell in cells], device=like.device)
 
-        def project(values: Tensor, basis: Tensor) -> Tensor:
+        def project(values: Float[Tensor, "*rows d"], basis: Float[Tensor, "k d"]) -> Float[Tensor, "*rows d"]:
             return values - (values @ basis.T) @ basis
 
-        def edit(values: Tensor, rows: Rows) -> Tensor:
+        def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             if which is None:
                 return project(values, bases[0])
             mine_of = which[rows.cell]
@@ -432,10 +434,10 @@ class Scale(Intervention):
         object.__setattr__(self, "factor", _number(factor, "factor"))
 
     @classmethod
-    def _edit(cls, cells: Sequence["Scale"], like: Tensor) -> Edit:
+    def _edit(cls, cells: Sequence["Scale"], like: Float[Tensor, "..."]) -> Edit:
         factors = stack_numbers([cell.factor for cell in cells], like)
 
-        def edit(values: Tensor, rows: Rows) -> Tensor:
+        def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             factor = factors(rows)
             return values * (factor.view(-1, *[1] * (values.ndim - 1)) if isinstance(factor, Tensor) else factor)
 
@@ -474,10 +476,10 @@ class SoftPrefix(Intervention):
         object.__setattr__(self, "embeddings", embeddings)
 
     @classmethod
-    def _edit(cls, cells: Sequence["SoftPrefix"], like: Tensor) -> Edit:
+    def _edit(cls, cells: Sequence["SoftPrefix"], like: Float[Tensor, "..."]) -> Edit:
         table = torch.stack([cell.embeddings.to(like) for cell in cells])
 
-        def edit(values: Tensor, rows: Rows) -> Tensor:
+        def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             return table[rows.cell, rows.slot]
 
         return edit

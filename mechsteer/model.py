@@ -159,7 +159,12 @@ class Model:
         return Run(given, rows, read, activations, torch.arange(len(given), device=read.device))
 
     def forward(
-        self, right: Prompts, edits: Sequence[tuple[str, Callable[..., Any]]], sites: Sequence[Site], *, read: Tensor
+        self,
+        right: Prompts,
+        edits: Sequence[tuple[str, Callable[..., Any]]],
+        sites: Sequence[Site],
+        *,
+        read: Bool[Tensor, "batch pos"],
     ) -> tuple[Tensor, dict[Site, Tensor]]:
         """Logits at `read`, and the sites' activations, of right-padded prompts under hooks that edit.
 
@@ -169,7 +174,7 @@ class Model:
         taken: dict[Site, Tensor] = {}
 
         def recorder(site: Site) -> Callable[..., None]:
-            def take(tensor: Tensor, hook: Any) -> None:
+            def take(tensor: Float[Tensor, "..."], hook: Any) -> None:
                 taken[site] = tensor
 
             return take
@@ -418,7 +423,7 @@ def _resolve(name_or_path: str | os.PathLike[str]) -> tuple[Path, str]:
     return backends.hub_folder(name, shipped=SHIPPED_MODELS), name
 
 
-def _read(prompts: Prompts, logits: str | Tensor) -> Tensor:
+def _read(prompts: Prompts, logits: str | Bool[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
     """Mask of the tokens whose logits are wanted."""
     if isinstance(logits, Tensor):
         check_where(logits, prompts)
@@ -432,14 +437,16 @@ def _read(prompts: Prompts, logits: str | Tensor) -> Tensor:
     raise MechsteerError(f"logits={logits!r} is not understood. Pass 'all', 'last', 'none' or a mask [batch, pos].")
 
 
-def _relaid(mask: Tensor, source: Prompts, target: Prompts) -> Tensor:
+def _relaid(mask: Bool[Tensor, "batch pos"], source: Prompts, target: Prompts) -> Bool[Tensor, "batch new_pos"]:
     """A mask [batch, pos] in the layout of the same prompts with other padding."""
     if source is target or source.padding_side == target.padding_side:
         return mask[:, : target.mask.shape[1]]
     return torch.zeros_like(target.mask).masked_scatter(target.mask, mask[source.mask])
 
 
-def _relay(tensor: Tensor, site: Site, right: Prompts, given: Prompts) -> Tensor:
+def _relay(
+    tensor: Float[Tensor, "batch ..."], site: Site, right: Prompts, given: Prompts
+) -> Float[Tensor, "batch ..."]:
     """Activations of right-padded prompts in the layout of `given`, zero at padding.
 
     Rows of padding hold what the model made of it, which would differ with the amount of padding.
@@ -451,7 +458,9 @@ def _relay(tensor: Tensor, site: Site, right: Prompts, given: Prompts) -> Tensor
     return _relay_axis(out, 3, right, given) if dest_axis == 2 else out
 
 
-def _relay_axis(tensor: Tensor, axis: int, right: Prompts, given: Prompts) -> Tensor:
+def _relay_axis(
+    tensor: Float[Tensor, "batch ..."], axis: int, right: Prompts, given: Prompts
+) -> Float[Tensor, "batch ..."]:
     index = given.positions.clamp(min=0)
     shape = [index.shape[0], *[1] * (tensor.ndim - 1)]
     shape[axis] = index.shape[1]

@@ -212,7 +212,9 @@ def check_at(at: At, prompts: Prompts, *, what: str, n_new: int = 0) -> None:
             )
 
 
-def stack_numbers(numbers: Sequence[float | Tensor], like: Tensor) -> Callable[[Rows], Float[Tensor, " row"] | float]:
+def stack_numbers(
+    numbers: Sequence[float | Tensor], like: Float[Tensor, "..."]
+) -> Callable[[Rows], Float[Tensor, " row"] | float]:
     """Looks up the number of each row, where every cell has one for all examples or one for each.
 
     Args:

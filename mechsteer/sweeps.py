@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsteer.engine import Cell, Clean, Engine, first_stage, shape_of
@@ -146,7 +147,7 @@ class Group:
     """
 
     members: list[int]
-    starts: Tensor
+    starts: Int[Tensor, "cell batch"]
     packed: bool
     stage: int
 
@@ -195,7 +196,7 @@ def _run_chunk(
     engine: Engine,
     groups: Sequence[Group],
     cells: Sequence[Cell],
-    chunk: Tensor,
+    chunk: Int[Tensor, " example"],
     store: "Store",
     size: BatchSize,
     shown: Bar,
@@ -247,12 +248,12 @@ def _run_chunk(
             left = left[n_cells:]
 
 
-def _numpy(value: Tensor) -> np.ndarray:
+def _numpy(value: Float[Tensor, "cell example"]) -> np.ndarray:
     # numpy has no bfloat16.
     return (value if value.dtype == torch.float64 else value.float()).cpu().numpy()
 
 
-def _clean(engine: Engine, groups: Sequence[Group], chunk: Tensor) -> Clean | None:
+def _clean(engine: Engine, groups: Sequence[Group], chunk: Int[Tensor, " example"]) -> Clean | None:
     if not groups:
         return None
     counts = torch.arange(engine.read.shape[1], device=chunk.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,12 +59,12 @@ class Cache:
 
 @dataclass
 class _Norm:
-    w: Tensor | None
-    b: Tensor | None
+    w: Float[Tensor, " d"] | None
+    b: Float[Tensor, " d"] | None
     eps: float
     rms: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
         if self.rms:
             wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
             normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
@@ -74,10 +74,10 @@ class _Norm:
 
 @dataclass
 class _Linear:
-    w: Tensor  # [in, out], contiguous
-    b: Tensor | None
+    w: Float[Tensor, "d_in d_out"]  # contiguous
+    b: Float[Tensor, " d_out"] | None
 
-    def __call__(self, x: Tensor, part: slice = slice(None)) -> Tensor:
+    def __call__(self, x: Float[Tensor, "row d_in"], part: slice = slice(None)) -> Float[Tensor, "row d_out"]:
         w = self.w[:, part]
         return x @ w if self.b is None else torch.addmm(self.b[part], x, w)
 
@@ -290,7 +290,14 @@ class Decoder:
             total += self._layer_flops(index, rows, asked, pairs, from_mlp and index == first)
         return total
 
-    def least_flops(self, start: Tensor, stop: Tensor, first: int, from_mlp: bool, read: Tensor) -> float:
+    def least_flops(
+        self,
+        start: Int[Tensor, "example cell"],
+        stop: Int[Tensor, "example cell"],
+        first: int,
+        from_mlp: bool,
+        read: Bool[Tensor, "example cell pos"],
+    ) -> float:
         """The least that items from `start` to `stop - 1` need from layer `first` on, when `read` is unembedded."""
         n_pos = read.shape[-1]
         position = torch.arange(n_pos, device=start.device)
@@ -304,7 +311,15 @@ class Decoder:
             total += self._layer_flops(index, rows, asked if last else rows, pairs[last], from_mlp and index == first)
         return total
 
-    def _mlp(self, layer: _Layer, index: int, mid: Tensor, layout: Layout, edits: Edits, capture: Capture) -> Tensor:
+    def _mlp(
+        self,
+        layer: _Layer,
+        index: int,
+        mid: Float[Tensor, "row d_model"],
+        layout: Layout,
+        edits: Edits,
+        capture: Capture,
+    ) -> Float[Tensor, "row d_model"]:
         pre = layer.mlp_in(layer.ln2(mid))
         if self.gated:
             gate, linear = pre.chunk(2, -1)
@@ -322,7 +337,8 @@ class Decoder:
         return _tap("mlp_out", index, out, layout, edits, capture)
 
     def _attention(
-        self, layer: _Layer, index: int, x: Tensor, pack: Pack, queries: Layout, past: Cache | None, own: Cache | None,
+        self, layer: _Layer, index: int, x: Float[Tensor, "row d_model"], pack: Pack, queries: Layout,
+        past: Cache | None, own: Cache | None,
         edits: Edits, capture: Capture,
     ) -> Tensor:  # fmt: skip
         n_q, n_kv, d = self.n_heads, self.n_kv_heads, self.d_head
@@ -358,7 +374,9 @@ class Decoder:
         z = _tap("z", index, z, queries, edits, capture)
         return layer.out(z.reshape(-1, n_q * d))
 
-    def _with_own(self, clean: Tensor, x: Tensor, pack: Pack) -> Tensor:
+    def _with_own(
+        self, clean: Float[Tensor, "example head pos d_head"], x: Float[Tensor, "row head d_head"], pack: Pack
+    ) -> Float[Tensor, "item head key d_head"]:
         """Clean keys or values of every item [item, head, key, d], with the item's own in their places."""
         e, m = pack.n_examples, pack.n_cells
         if pack.n_past == 0 and pack.all.dense:
@@ -370,7 +388,12 @@ class Decoder:
         full[pack.all.item, :, pack.all.rows.position] = x
         return full
 
-    def _rotate(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+    def _rotate(
+        self,
+        x: Float[Tensor, "row head d_head"],
+        sin: Float[Tensor, "row 1 rotary_dim"],
+        cos: Float[Tensor, "row 1 rotary_dim"],
+    ) -> Float[Tensor, "row head d_head"]:
         whole = self.rotary_dim == self.d_head
         part = x if whole else x[..., : self.rotary_dim]
         if self.adjacent:
@@ -381,14 +404,15 @@ class Decoder:
         turned = torch.addcmul(part * cos, flipped, sin)
         return turned if whole else torch.cat([turned, x[..., self.rotary_dim :]], -1)
 
-    def _scores(self, scores: Tensor, scale: float) -> Tensor:
+    def _scores(self, scores: Float[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
         scores = scores * scale
         return torch.tanh(scores / self.soft_cap) * self.soft_cap if self.soft_cap > 0 else scores
 
     def _attend(
-        self, layer: _Layer, index: int, q: Tensor, keys: Tensor, values: Tensor, pack: Pack, queries: Layout,
-        edits: Edits, capture: Capture, seen: bool,
-    ) -> Tensor:  # fmt: skip
+        self, layer: _Layer, index: int, q: Float[Tensor, "query head d_head"],
+        keys: Float[Tensor, "item kv_head key d_head"], values: Float[Tensor, "item kv_head key d_head"],
+        pack: Pack, queries: Layout, edits: Edits, capture: Capture, seen: bool,
+    ) -> Float[Tensor, "query head d_head"]:  # fmt: skip
         """Attention of each item's queries to its keys and values [item, head, key, d], at absolute positions."""
         n_kv, group = self.n_kv_heads, self.n_heads // self.n_kv_heads
         buckets = pack.buckets(queries)
@@ -416,8 +440,16 @@ class Decoder:
         return out
 
     def _attend_split(
-        self, layer: _Layer, index: int, q: Tensor, k: Tensor, v: Tensor, pack: Pack, queries: Layout, past: Cache
-    ) -> Tensor:
+        self,
+        layer: _Layer,
+        index: int,
+        q: Float[Tensor, "query head d_head"],
+        k: Float[Tensor, "row kv_head d_head"],
+        v: Float[Tensor, "row kv_head d_head"],
+        pack: Pack,
+        queries: Layout,
+        past: Cache,
+    ) -> Float[Tensor, "query head d_head"]:
         """Attention of cells with few rows each: to clean keys, which an example's cells share, and to their own."""
         e, m, n_kv, group, d = (
             pack.n_examples,
@@ -442,7 +474,9 @@ class Decoder:
         return queries.pack(z)
 
 
-def _tap(kind: str, layer: int, x: Tensor, layout: Layout, edits: Edits, capture: Capture) -> Tensor:
+def _tap(
+    kind: str, layer: int, x: Float[Tensor, "row *feature"], layout: Layout, edits: Edits, capture: Capture
+) -> Float[Tensor, "row *feature"]:
     """What flows on from a site: after its edits; taken where it is wanted."""
     for edit in edits.get((kind, layer), ()):
         x = edit(x, layout.rows)
@@ -462,11 +496,11 @@ def _rotary_tables(attn: Any, base: float) -> tuple[Tensor, Tensor]:
     return tuple(torch.cat([mine, more.to(mine)[n_own:]]) for mine, more in zip(own, full, strict=True))  # type: ignore
 
 
-def _bias(b: Tensor) -> Tensor | None:
+def _bias(b: Float[Tensor, " d"]) -> Float[Tensor, " d"] | None:
     return b.detach().clone() if bool(b.any()) else None
 
 
-def _linear(w: Tensor, b: Tensor | None) -> _Linear:
+def _linear(w: Float[Tensor, "d_in d_out"], b: Float[Tensor, "..."] | None) -> _Linear:
     return _Linear(w.detach().clone(memory_format=torch.contiguous_format), None if b is None else _bias(b.flatten()))
 
 

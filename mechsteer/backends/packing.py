@@ -108,7 +108,7 @@ class Pack:
             self._memo[key] = [Bucket(self, queries, items) for items in groups]
         return self._memo[key]
 
-    def split_mask(self, queries: Layout, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def split_mask(self, queries: Layout, window: int | None, dtype: torch.dtype) -> Float[Tensor, "..."] | None:
         """What to add to scores of each query with (clean keys before the item's start, its own keys): 0 or -inf.
 
         None where every query attends to every key.
@@ -144,7 +144,7 @@ class Bucket:
         place: where each of them stands in [item, width]; None where the rectangle is full.
     """
 
-    def __init__(self, pack: Pack, queries: Layout, items: Tensor | None) -> None:
+    def __init__(self, pack: Pack, queries: Layout, items: Int[Tensor, " item"] | None) -> None:
         self.items, self.pack = items, pack
         self.n_items = queries.n_items if items is None else items.shape[0]
         if items is None:
@@ -165,14 +165,16 @@ class Bucket:
                 self.place = None
         self._masks: dict[int | None, Tensor | None] = {}
 
-    def pad(self, x: Tensor) -> Tensor:
+    def pad(self, x: Float[Tensor, "query head d"]) -> Float[Tensor, "item head width d"]:
         """Query rows [row, head, d] as [item, head, width, d]."""
         own = x if self.rows is None else x[self.rows]
         if self.place is not None:
             own = x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy(0, self.place, own)
         return own.view(self.n_items, self.width, *x.shape[1:]).transpose(1, 2)
 
-    def pack_into(self, out: Tensor | None, padded: Tensor) -> Tensor:
+    def pack_into(
+        self, out: Float[Tensor, "query head d"] | None, padded: Float[Tensor, "item head width d"]
+    ) -> Float[Tensor, "query head d"]:
         """[item, head, width, d] as query rows, in `out` where other buckets have theirs."""
         flat = padded.transpose(1, 2).reshape(self.n_items * self.width, padded.shape[1], padded.shape[3])
         own = flat if self.place is None else flat[self.place]
@@ -180,7 +182,7 @@ class Bucket:
             return own
         return out.index_copy(0, self.rows, own)
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def mask(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "item 1 width key"] | None:
         """What to add to the scores [item, 1, width, key] of absolute key positions: 0 or -inf. None for nothing."""
         if window not in self._masks:
             query = self._query[:, None, :, None]
@@ -194,7 +196,7 @@ class Bucket:
 
 def _additive(
     allowed: Bool[Tensor, "*shape key"], empty: Bool[Tensor, "*shape one"], dtype: torch.dtype
-) -> Tensor | None:
+) -> Float[Tensor, "*shape key"] | None:
     """A mask as what is added to scores. A place without a query attends to all, so that no softmax is over nothing.
 
     Of the scores' own dtype: PyTorch's attention on a CPU takes an fp32 mask with fp64 queries, and misreads it.

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import mechsteer as ms
 from mechsteer.errors import MechsteerError
-from mechsteer.generation import filtered, uniform_draws
+from mechsteer.generation import Choice, filtered, uniform_draws
 
 TEXTS = ["The cat sat", "A feline purrs; Quick", "When Mary and John went"]
 N_NEW = 6
@@ -58,7 +58,7 @@ def random_prompts(model: ms.Model, lengths: Sequence[int] = (3, 12, 7, 9, 12, 4
     )
 
 
-def generate(model: ms.Model, prompts: ms.Prompts, n: int = N_NEW, **options: Any) -> list[list[int]]:
+def generate(model: ms.Model, prompts: Any, n: int = N_NEW, **options: Any) -> list[list[int]]:
     return ids_of(model.generate(prompts, max_new_tokens=n, **{**OPTIONS, **options}))
 
 
@@ -281,8 +281,8 @@ def test_what_comes_back_are_the_prompts_with_completions(side: str, llama: ms.M
 
 def test_text_and_tensors_are_prompts_too(llama: ms.Model) -> None:
     ids = zoo.prompts(batch=2, n_pos=6)
-    assert generate(llama, ids) == generate(llama, ms.Prompts.from_ids(ids))  # type: ignore[arg-type]
-    assert generate(llama, TEXTS) == generate(llama, ms.Prompts.from_strings(TEXTS, llama))  # type: ignore[arg-type]
+    assert generate(llama, ids) == generate(llama, ms.Prompts.from_ids(ids))
+    assert generate(llama, TEXTS) == generate(llama, ms.Prompts.from_strings(TEXTS, llama))
 
 
 def test_the_pocket_model_talks_about_what_it_is_told() -> None:
@@ -368,6 +368,12 @@ def test_filtered_keeps_the_tokens_that_the_definition_keeps(
     assume(top_p is None or bool(((ranked - top_p).abs() > 1e-5).all()))
     torch.testing.assert_close(got[0].double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(got[1], got[0].flip(0))
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    logits = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log()
+    draws = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert Choice(1.0, None, None)(logits.expand(4, -1), draws).tolist() == [1, 1, 3, 3]
 
 
 def test_seeds_decide_and_the_global_random_state_does_not(llama: ms.Model) -> None:
