@@ -221,7 +221,7 @@ class Model:
             max_new_tokens: at most this many tokens each.
             interventions: see `run`. Generated tokens are of the span "completion"; positions count on.
             temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
-            top_k: draw from the likeliest this many only.
+            top_k: draw from the likeliest this many only. Like `top_p`, it needs a temperature above 0.
             top_p: draw from the fewest tokens that together have this probability; applied after `top_k`.
             seed: of the draws. Every prompt has its own stream, fixed by seed and place in `prompts`.
             stop_at_eos: end a completion with the tokenizer's end-of-sequence token, which belongs to it.

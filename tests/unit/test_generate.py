@@ -1,4 +1,4 @@
-"""Generation: tokens of transformers and of whole forward passes in any batch, and samples that follow the softmax."""
+"""Generation: the tokens of transformers and of whole forward passes, in any batch, with any interventions."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -9,14 +9,11 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mechsteer as ms
 from mechsteer.errors import MechsteerError
-from mechsteer.generation import Choice, filtered, uniform_draws
 
 TEXTS = ["The cat sat", "A feline purrs; Quick", "When Mary and John went"]
 N_NEW = 6
@@ -202,8 +199,9 @@ def test_the_first_generated_token_is_steered_and_the_last_prompt_token_too(llam
         assert rest is None or all(set(row[1:]) == rest for row in steered)
 
 
+@pytest.mark.filterwarnings("ignore:A forward hook edited")  # TransformerLens's own, about rounding
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("site", [("attn_scores", 1), ("ln1_normalized", 1), ("ln2_scale", 0)])
+@pytest.mark.parametrize("site", [("attn_scores", 1), ("ln1_normalized", 1)])
 def test_sites_that_the_packed_pass_lacks_go_through_hooks(site: tuple[str, int], backend: str, load: Load) -> None:
     model = load("gemma2", backend)
     for edit in (ms.Scale(site, -2.0), ms.Scale(site, -2.0, at="completion")):
@@ -212,7 +210,7 @@ def test_sites_that_the_packed_pass_lacks_go_through_hooks(site: tuple[str, int]
         assert steered != generate(model, texts(model))
 
 
-@pytest.mark.parametrize("name", INTERVENTIONS)
+@pytest.mark.parametrize("name", ["add, the completion", "scale, one head's pattern", "several, in order"])
 def test_hooks_give_what_the_packed_pass_gives(name: str, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load("gemma2")
     prompts, applied = texts(model), INTERVENTIONS[name]
@@ -296,108 +294,6 @@ def test_the_pocket_model_talks_about_what_it_is_told() -> None:
     eos = model.tokenizer.eos_token_id
     assert all(row[-1] == eos and eos not in row[:-1] for row in ids_of(plain))
     assert "cat" in " ".join(steered.completions) and "cat" not in " ".join(plain.completions)
-
-
-# ---- sampling ----
-
-
-def chi_square(counts: Tensor, probs: Tensor) -> float:
-    """How far counts are from what probabilities predict, in standard deviations of Pearson's statistic."""
-    expected = probs.double() * counts.sum()
-    assert int(counts[probs == 0].sum()) == 0, "a token without probability was drawn"
-    common = expected >= 5
-    observed = torch.cat([counts[common].double(), counts[~common].sum()[None].double()])
-    expected = torch.cat([expected[common], expected[~common].sum()[None]]).clamp(min=1e-9)
-    freedom = max(1, int((expected > 1e-3).sum()) - 1)
-    return float((((observed - expected) ** 2 / expected).sum() - freedom) / (2 * freedom) ** 0.5)
-
-
-def plain_filter(logits: list[float], top_k: int | None, top_p: float | None) -> list[float]:
-    """Probabilities of the tokens, by the definition."""
-    order = sorted(range(len(logits)), key=lambda token: -logits[token])[:top_k]
-    weights = torch.tensor(logits, dtype=torch.float64)[order].softmax(0).tolist()
-    kept, total = [], 0.0
-    for token, weight in zip(order, weights, strict=True):
-        if top_p is None or total < top_p:
-            kept.append((token, weight))
-        total += weight
-    mass = sum(weight for _, weight in kept)
-    probs = [0.0] * len(logits)
-    for token, weight in kept:
-        probs[token] = weight / mass
-    return probs
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1.0, None, None), (0.4, None, None), (2.0, 12, None), (1.0, None, 0.7), (1.5, 30, 0.8), (1e-30, None, None)],
-)
-def test_draws_follow_the_softmax(temperature: float, top_k: int | None, top_p: float | None, load: Load) -> None:
-    model, n = load("gemma2"), 4000
-    prompts = ms.Prompts.from_ids(zoo.prompts(batch=1, n_pos=5).repeat(n, 1), tokenizer=model)
-    drawn = torch.tensor(
-        generate(model, prompts, 2, temperature=temperature, top_k=top_k, top_p=top_p, seed=5, batch_size=2000)
-    )
-
-    def expected(text: ms.Prompts) -> Tensor:
-        logits = model.run(text, logits=text.at(text.lengths - 1)).rows[0].double()
-        scaled = (logits - logits.max()) / temperature
-        return torch.tensor(plain_filter(scaled.tolist(), top_k, top_p))
-
-    counts = torch.bincount(drawn[:, 0], minlength=model.d_vocab)
-    assert abs(chi_square(counts, expected(prompts[0]))) < 4
-    # The second token, after the likeliest first: each step has a draw of its own.
-    first = int(counts.argmax())
-    second = torch.bincount(drawn[drawn[:, 0] == first, 1], minlength=model.d_vocab)
-    assert abs(chi_square(second, expected(prompts[0].with_completions([[first]])))) < 4
-
-
-@given(
-    st.lists(st.integers(-60, 60), min_size=1, max_size=12, unique=True),
-    st.none() | st.integers(1, 15),
-    st.none() | st.floats(0.01, 1.0),
-)
-@settings(max_examples=300, deadline=None)
-def test_filtered_keeps_the_tokens_that_the_definition_keeps(
-    tenths: list[int], top_k: int | None, top_p: float | None
-) -> None:
-    logits = [value / 10 for value in tenths]
-    got = filtered(torch.tensor([logits, logits[::-1]]), top_k, top_p).softmax(-1)
-    expected = plain_filter(logits, top_k, top_p)
-    ranked = torch.tensor(plain_filter(logits, top_k, None)).sort(descending=True).values.cumsum(0)
-    assume(top_p is None or bool(((ranked - top_p).abs() > 1e-5).all()))
-    torch.testing.assert_close(got[0].double(), torch.tensor(expected, dtype=torch.float64), atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(got[1], got[0].flip(0))
-
-
-def test_a_token_without_probability_is_never_drawn() -> None:
-    logits = torch.tensor([0.0, 0.5, 0.0, 0.5, 0.0]).log()
-    draws = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert Choice(1.0, None, None)(logits.expand(4, -1), draws).tolist() == [1, 1, 3, 3]
-
-
-def test_seeds_decide_and_the_global_random_state_does_not(llama: ms.Model) -> None:
-    prompts = random_prompts(llama)
-    torch.manual_seed(1)
-    first, after = generate(llama, prompts, temperature=1.0, seed=3), torch.rand(3)
-    torch.manual_seed(1)
-    assert torch.equal(torch.rand(3), after), "the global random state was used"
-    torch.manual_seed(2)
-    assert generate(llama, prompts, temperature=1.0, seed=3) == first
-    assert generate(llama, prompts, temperature=1.0, seed=4) != first
-    assert generate(llama, prompts, temperature=1.0, top_k=1) == generate(llama, prompts)
-
-
-def test_every_example_has_a_stream_of_its_own_that_goes_on() -> None:
-    some = uniform_draws(7, torch.tensor([4, 0, 2]), 40)
-    assert torch.equal(some[:, :5], uniform_draws(7, torch.tensor([4, 0, 2]), 5))
-    assert torch.equal(some[[1]], uniform_draws(7, torch.tensor([0]), 40))
-    # First draws of neighbours are uniform and unrelated: correlations of n draws scatter by n ** -0.5.
-    first = uniform_draws(0, torch.arange(4000), 2)
-    other = uniform_draws(1, torch.arange(4000), 1)
-    assert abs(float(first.mean()) - 0.5) < 0.02 and float(first.min()) >= 0 and float(first.max()) < 1
-    columns = torch.stack([first[:-1, 0], first[1:, 0], first[:-1, 1], other[:-1, 0]])
-    assert float((torch.corrcoef(columns) - torch.eye(4)).abs().max()) < 0.06
 
 
 # ---- what is refused ----
