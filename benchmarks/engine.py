@@ -165,7 +165,7 @@ def measure(work: str, model: ms.Model, sides: tuple[Callable[[], Any], ...], ru
             began = time.perf_counter()
             values[place] = side()
             times[place].append(time.perf_counter() - began)
-    # On the scale of the values: TransformerLens's own fp32 rounding is 2e-6 of it.
+    # On the scale of the values, with which the fp32 rounding of both sides grows.
     expected = values[0].cpu().float()
     difference = float((values[2] - expected).abs().max()) / max(1.0, float(expected.abs().max()))
     return Outcome(work, model.name, *(statistics.median(each) for each in times), difference, _flops[0])

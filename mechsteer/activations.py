@@ -69,7 +69,7 @@ class SiteMap(Mapping[Site, Value]):
         return f"SiteMap({', '.join(map(str, self))})"
 
 
-class Activations(Mapping[Site, Tensor]):
+class Activations(SiteMap[Tensor]):
     """Immutable mapping Site -> tensor, laid out as the prompts are ([batch, pos, ...] or [batch, head, dest, src]).
 
         acts["resid_post", 3], acts["blocks.3.hook_resid_post"]      # [batch, pos, d_model]
@@ -95,7 +95,7 @@ class Activations(Mapping[Site, Tensor]):
         """
         for site, value in values.items():
             _check_shape(site, value, prompts)
-        self._values = SiteMap(values)
+        super().__init__(values)
         self.prompts = prompts
         self.model = model
 
@@ -107,7 +107,7 @@ class Activations(Mapping[Site, Tensor]):
             MechsteerError: there is no such head or position.
         """
         wanted = Site.of(site)
-        value, axes = self._values[wanted.point], wanted.axes
+        value, axes = super().__getitem__(wanted.point), wanted.axes
         if wanted.head is not None:
             heads = value.shape[axes.index("head")]
             if wanted.head >= heads:
@@ -120,20 +120,7 @@ class Activations(Mapping[Site, Tensor]):
 
     def __contains__(self, site: object) -> bool:
         """Whether the site's hook point was recorded."""
-        return Site.of(site).point in self._values  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    # Mapping's own compares the values, which tensors answer with a tensor.
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    def __hash__(self) -> int:
-        return id(self)
+        return super().__contains__(Site.of(site).point)  # type: ignore[arg-type]
 
     # --- choosing
 

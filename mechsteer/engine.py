@@ -5,7 +5,7 @@ a *shape* and are stacked: the residual stream where they start comes from one c
 values of the positions before. `mechsteer.sweeps` decides which cells go together and when.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mechsteer.activations import Activations
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
-from mechsteer.backends.decoder import Cache, Capture, Decoder
+from mechsteer.backends.decoder import Cache, Capture, Decoder, key_of
 from mechsteer.backends.packing import Pack, whole_pack
-from mechsteer.interventions import Column, Intervention, stacked_hooks
+from mechsteer.hooks import Intervention, columns_of, stacked_hooks
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
 from mechsteer.prompts import Prompts
@@ -128,38 +128,36 @@ class Engine:
         decoder = self.decoder
         assert decoder is not None
         prompts = _take(self.prompts, chunk)
-        n_examples, n_pos = prompts.tokens.shape
-        pack = whole_pack(prompts, read=self.read[chunk] if logits else torch.zeros_like(prompts.mask))
-        if self.sites:
+        # Objectives and late starts need the last layer whole; else only its keys and values are used.
+        if self.sites or max(stages, default=0) >= 2 * decoder.n_layers - 1:
             pack = whole_pack(prompts)
-        wanted = frozenset((site.kind, -1 if site.layer is None else site.layer) for site in self.sites)
-        capture = Capture(wanted)
+        else:
+            pack = whole_pack(prompts, read=self.read[chunk] if logits else torch.zeros_like(prompts.mask))
+        capture = self._capture()
         resid: dict[int, Tensor] = {}
         slots = pack.all.rows
 
         def keep(layer: int, kind: str, x: Float[Tensor, "row d_model"]) -> None:
             stage = 2 * layer + (kind == "resid_mid")
             if stage in stages and x.shape[0] == slots.position.shape[0]:
-                full = x.new_zeros(n_examples, n_pos, x.shape[-1])
-                resid[stage] = full.index_put((slots.example, slots.position), x)
+                resid[stage] = _spread(x, slots, prompts)
 
         with torch.no_grad():
-            cache = Cache.empty(decoder, n_examples, n_pos)
+            cache = Cache.empty(decoder, *prompts.tokens.shape)
             x = decoder.embed(prompts.tokens[slots.example, slots.position], pack.all, {}, capture)
-            # Objectives and late starts need the last layer whole; else only its keys and values are used.
-            late = max((stage for stage in stages if stage <= 2 * decoder.n_layers), default=0)
-            whole = whole_pack(prompts) if late >= 2 * decoder.n_layers - 1 and pack.last is not pack.all else pack
-            x = decoder.blocks(x, whole, first=0, stop=decoder.n_layers, own=cache, capture=capture, keep=keep)
-            self.work.done += decoder.flops(whole, first=0, own=True)
+            x = decoder.blocks(x, pack, first=0, stop=decoder.n_layers, own=cache, capture=capture, keep=keep)
+            self.work.done += decoder.flops(pack, first=0, own=True)
             if 2 * decoder.n_layers in stages:
-                full = x.new_zeros(n_examples, n_pos, x.shape[-1])
-                resid[2 * decoder.n_layers] = full.index_put((slots.example, slots.position), x)
+                resid[2 * decoder.n_layers] = _spread(x, slots, prompts)
             rows = None
             if logits:
-                read = self.read[chunk][whole.last.rows.example, whole.last.rows.position]
+                read = self.read[chunk][pack.last.rows.example, pack.last.rows.position]
                 rows = decoder.logits(x if bool(read.all()) else x[read])
             sites = {key: _spread(taken, layout.rows, prompts) for key, (taken, layout) in capture.taken.items()}
         return Clean(cache, resid, rows, sites)
+
+    def _capture(self) -> Capture:
+        return Capture(frozenset(key_of(site) for site in self.sites))
 
     # ---- a batch of cells ----
 
@@ -202,8 +200,8 @@ class Engine:
             stop,
             None if self.sites else item_read,
         )
-        capture = Capture(frozenset((site.kind, -1 if site.layer is None else site.layer) for site in self.sites))
-        edits = _edits(cells, n_layers)
+        capture = self._capture()
+        edits = {key_of(site): edit for site, edit in columns_of(cells, n_layers).items()}
         stage = first_stage(cells[0], n_layers)
         rows = pack.all.rows
         local = pack.group_of_row
@@ -257,7 +255,7 @@ class Engine:
                 logits = rows.index_put((fresh[read].nonzero().squeeze(1),), logits)
         values: dict[Site, Tensor] = {}
         for site in self.sites:
-            key = (site.kind, -1 if site.layer is None else site.layer)
+            key = key_of(site)
             full = clean.sites[key].repeat_interleave(n_cells, 0)
             if key in capture.taken:
                 taken, layout = capture.taken[key]
@@ -272,24 +270,11 @@ class Engine:
         example = chunk.repeat_interleave(n_cells)
         prompts = _take(self.prompts, example)
         cell = torch.arange(n_cells, device=chunk.device).repeat(len(chunk))
-        columns: dict[Site, list[Column]] = {}
-        for i in range(len(cells[0])):
-            column = Column([each[i] for each in cells])
-            for site in cells[0][i].sites(self.model.n_layers):
-                columns.setdefault(site, []).append(column)
+        columns = columns_of(cells, self.model.n_layers)
         hooks = stacked_hooks(columns, self.model, base=self.prompts, items=prompts, example=example, cell=cell)
         read = self.read[example]
         rows, taken = self.model.forward(prompts, hooks, self.sites, read=read)
         return Run(prompts, rows, read, Activations(taken, prompts=prompts, model=self.model_id), example)
-
-
-def _edits(cells: Sequence[Cell], n_layers: int) -> dict[tuple[str, int], list[Callable[[Tensor, Rows], Tensor]]]:
-    edits: dict[tuple[str, int], list[Callable[[Tensor, Rows], Tensor]]] = {}
-    for i in range(len(cells[0])):
-        column = Column([cell[i] for cell in cells])
-        for site in cells[0][i].sites(n_layers):
-            edits.setdefault((site.kind, -1 if site.layer is None else site.layer), []).append(column)
-    return edits
 
 
 def _take(prompts: Prompts, index: Int[Tensor, " row"]) -> Prompts:

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
-from mechsteer.backends.decoder import Cache, Capture, Decoder
+from mechsteer.backends.decoder import Cache, Capture, Decoder, key_of
 from mechsteer.backends.packing import whole_pack
 from mechsteer.errors import MechsteerError
-from mechsteer.hooks import Column, Intervention, check, stacked_hooks
+from mechsteer.hooks import Column, Intervention, check, columns_of, stacked_hooks
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.site import Site
@@ -46,11 +46,7 @@ def generate(
     model.check_slots(right, applied)
     # The last new token is never fed to the model, so that nothing can act on it.
     check(applied, model, right, n_new=max_new_tokens - 1)
-    columns: Columns = {}
-    for each in applied:
-        column = Column([each])
-        for site in each.sites(model.n_layers):
-            columns.setdefault(site, []).append(column)
+    columns = columns_of([applied], model.n_layers)
     decoder = model.decoder if {site.kind for site in columns} <= set(PACKED_KINDS) else None
     eos = getattr(model.tokenizer, "eos_token_id", None) if stop_at_eos else None
     n_ids = _n_ids(prompts.tokenizer)
@@ -168,7 +164,7 @@ class _Packed:
         self._decoder, self._prompts, self._index = decoder, prompts, index
         self._start, self._stop = torch.zeros_like(index), prompts.lengths[index]
         self._cache = Cache.empty(decoder, len(index), int(self._stop.max()) + n_new - 1)
-        self._edits = {(site.kind, -1 if site.layer is None else site.layer): each for site, each in columns.items()}
+        self._edits = {key_of(site): each for site, each in columns.items()}
 
     def logits(self, token: Int[Tensor, " batch"] | None) -> Float[Tensor, "batch d_vocab"]:
         """Logits for the next token: of the prompts, or after `token` has been appended."""

@@ -112,6 +112,21 @@ class Column:
         return x.index_put(where, self._edit(x[where], chosen))
 
 
+def columns_of(cells: Sequence[Sequence[Intervention]], n_layers: int) -> dict[Site, list[Column]]:
+    """The edits of each hook point, in the order of the interventions.
+
+    Args:
+        cells: the interventions of each cell; those in one place are of one class at hook points of one name.
+        n_layers: of the model.
+    """
+    columns: dict[Site, list[Column]] = {}
+    for place, first in enumerate(cells[0]):
+        column = Column([cell[place] for cell in cells])
+        for site in first.sites(n_layers):
+            columns.setdefault(site, []).append(column)
+    return columns
+
+
 def check(interventions: Sequence[Intervention], model: "Model", prompts: Prompts | None, *, n_new: int = 0) -> None:
     """Refuse interventions that do not fit the model or the prompts, or that would never fire.
 
@@ -180,13 +195,8 @@ def fwd_hooks(
     if right is not None:
         model.check_slots(right, interventions)
     check(interventions, model, right, n_new=n_new)
-    by_point: dict[Site, list[Column]] = {}
-    for each in interventions:
-        for point in each.sites(model.n_layers):
-            by_point.setdefault(point, []).append(Column([each]))
-    return _named(
-        [(point, Hook(point, columns, model, prompts, n_new=n_new)) for point, columns in by_point.items()], model
-    )
+    columns = columns_of([interventions], model.n_layers)
+    return _named([(point, Hook(point, edits, model, prompts, n_new=n_new)) for point, edits in columns.items()], model)
 
 
 def stacked_hooks(

@@ -11,10 +11,7 @@ from torch import Tensor
 from mechsteer.activations import Activations
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
-from mechsteer.hooks import Column as Column
 from mechsteer.hooks import Edit, Intervention, check
-from mechsteer.hooks import fwd_hooks as fwd_hooks
-from mechsteer.hooks import stacked_hooks as stacked_hooks
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows, last_touched, normalise_at, stack_numbers
 from mechsteer.site import Site, SiteLike

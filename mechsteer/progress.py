@@ -10,6 +10,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 SECONDS = 2.0
 
 
+def drawn(console: Console, *, transient: bool = False) -> Progress:
+    """How all bars look: description, bar, count, elapsed and remaining time."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=transient,
+    )
+
+
 class Bar:
     """Counts finished work, shows itself once two seconds have passed and more is to come, and goes when closed.
 
@@ -19,15 +32,7 @@ class Bar:
     def __init__(self, what: str, total: int | None, show: bool) -> None:
         console = Console(stderr=True)
         # Made now, so that a bar that appears later has counted all the time.
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
+        self._progress = drawn(console, transient=True)
         self._task = self._progress.add_task(what, total=total)
         self._began = time.perf_counter()
         self._may_show = show and (console.is_interactive or console.is_jupyter)

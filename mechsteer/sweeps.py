@@ -19,7 +19,7 @@ from torch import Tensor
 from mechsteer.engine import Cell, Clean, Engine, first_stage, shape_of
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, open_tensors, save_tensors, stamp
-from mechsteer.interventions import Intervention, check
+from mechsteer.hooks import Intervention, check
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.progress import Bar, bar

@@ -95,16 +95,10 @@ def logits_at(
     """
     # Real tokens never see padding on their right. The mask says so to code that would guess padding from token ids.
     everything = torch.ones_like(tokens)
-    if backend_of(hooked) == "bridge":
-        if stop is not None:
-            hooked(tokens, attention_mask=everything)
-        else:
-            return hooked(tokens, attention_mask=everything)[read]
-    elif stop is not None:
-        hooked(tokens, attention_mask=everything, stop_at_layer=stop)
-    else:
-        return hooked(tokens, attention_mask=everything)[read]
-    return torch.empty(0, hooked.cfg.d_vocab, device=tokens.device)
+    # A bridge runs all layers: transformers owns its loop over them.
+    some = {} if stop is None or backend_of(hooked) == "bridge" else {"stop_at_layer": stop}
+    out = hooked(tokens, attention_mask=everything, **some)
+    return out[read] if stop is None else torch.empty(0, hooked.cfg.d_vocab, device=tokens.device)
 
 
 def places(hooked: Any) -> tuple[Any, ...]:

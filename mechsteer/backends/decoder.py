@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from mechsteer.backends.packing import Bucket, Layout, Pack, whole_pack
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
+from mechsteer.site import Site
 
 Edits = Mapping[tuple[str, int], Sequence[Callable[[Tensor, Rows], Tensor]]]
 # The kinds of site that edits and captures can name, in the order of the forward pass.
@@ -36,6 +37,11 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+
+def key_of(site: Site) -> tuple[str, int]:
+    """What edits and captures call a site."""
+    return site.kind, -1 if site.layer is None else site.layer
 
 
 @dataclass

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -68,18 +66,6 @@ def load_optimiser_tensors(optimisers: Mapping[str, torch.optim.Optimizer], tens
             if part == name:
                 states.setdefault(int(index), {})[field] = value
         optimiser.load_state_dict({"state": states, "param_groups": optimiser.state_dict()["param_groups"]})
-
-
-def training_bar(console: Console) -> Progress:
-    """A progress bar whose description is the loss and the throughput."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _remove(folder: Path) -> None:

@@ -21,10 +21,10 @@ from mechsteer.pocket.checkpoint import (
     optimiser_tensors,
     remove_checkpoints,
     save_checkpoint,
-    training_bar,
 )
 from mechsteer.pocket.corpus import TEXT_MIXTURE, sample_batch
 from mechsteer.pocket.tokenizer import N_CTX
+from mechsteer.progress import drawn
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def train_sae(
         console.print(f"resuming at step {progress['chunk'] * recipe.chunk_steps} of {recipe.steps}")
 
     started = time.perf_counter() - progress["seconds"]
-    with training_bar(console) as bar:
+    with drawn(console) as bar:
         task = bar.add_task("training", total=recipe.steps, completed=progress["chunk"] * recipe.chunk_steps)
         for chunk in range(progress["chunk"], recipe.chunks):
             tick = time.perf_counter()

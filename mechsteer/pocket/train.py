@@ -25,10 +25,10 @@ from mechsteer.pocket.checkpoint import (
     optimiser_tensors,
     remove_checkpoints,
     save_checkpoint,
-    training_bar,
 )
 from mechsteer.pocket.corpus import COPYING_MIXTURE, MIXTURE, batch_loss, sample_batch
 from mechsteer.pocket.tokenizer import N_CTX, VOCAB_SIZE, train_tokenizer
+from mechsteer.progress import drawn
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def train(
     forward = torch.compile(model, dynamic=False) if compile_model else model
     started = time.perf_counter() - progress["seconds"]
     try:
-        with training_bar(console) as bar:
+        with drawn(console) as bar:
             task = bar.add_task("training", total=recipe.steps, completed=progress["step"])
             window: list[float] = []
             for step in range(progress["step"], recipe.steps):
