@@ -1,4 +1,4 @@
-"""The chapters of a study, one module each: `behaviour.CHAPTER`, `entry.CHAPTER`, `vector.CHAPTER`."""
+"""The chapters of a study, one module each, which holds a `CHAPTER`."""
 
 from collections.abc import Iterable
 from importlib import import_module
@@ -6,7 +6,7 @@ from importlib import import_module
 from mechsteer.errors import MechsteerError
 from mechsteer.study.chapter import Chapter
 
-NAMES = ("behaviour", "entry", "vector")
+NAMES = ("behaviour", "entry", "travel", "vector")
 """In the order of the report, which is also the order of reading."""
 
 
