@@ -366,6 +366,13 @@ class Model:
         """A copy whose MLP output bias of block `layer` gained `vector`; see `Add.to_weights`."""
         return self._with(backends.add_bias(self.hooked, layer, vector), f"bias at {layer}")
 
+    def with_rank(self, site: SiteLike, reads: Float[Tensor, "k d_in"], writes: Float[Tensor, "k d_model"]) -> "Model":
+        """A copy whose block writes `sum_i (x . reads_i) writes_i` more, x the site; see `RankEdit.to_weights`."""
+        where = Site.of(site)
+        assert where.layer is not None
+        edited = backends.add_rank(self.hooked, where.layer, where.kind, reads, writes, head=where.head)
+        return self._with(edited, f"rank {len(reads)} at {where}")
+
     def _with(self, hooked: Any, change: str) -> "Model":
         return Model(hooked, tokenizer=copy.copy(self.tokenizer), name=f"{self.name} ({change})")
 

@@ -148,6 +148,35 @@ def add_bias(hooked: Any, layer: int, vector: Float[Tensor, " d_model"]) -> Any:
     return weights.add_bias(hooked, layer, vector)
 
 
+def add_rank(
+    hooked: Any,
+    layer: int,
+    kind: str,
+    reads: Float[Tensor, "k d_in"],
+    writes: Float[Tensor, "_ d_model"],
+    *,
+    head: int | None = None,
+) -> Any:
+    """A copy that writes more where it reads something; see `mechsteer.backends.weights.add_rank`."""
+    from mechsteer.backends import weights
+
+    return weights.add_rank(hooked, layer, kind, reads, writes, head=head)
+
+
+def rank_hooks(
+    layer: int,
+    kind: str,
+    reads: Float[Tensor, "k d_in"],
+    writes: Float[Tensor, "_ d_model"],
+    *,
+    head: int | None = None,
+) -> list[tuple[str, Callable[..., Any]]]:
+    """Hooks that compute the same; see `mechsteer.backends.weights.rank_hooks`."""
+    from mechsteer.backends import weights
+
+    return weights.rank_hooks(layer, kind, reads, writes, head=head)
+
+
 def build_decoder(hooked: Any) -> Any:
     """The packed forward pass of a hooked model, or None where that does not cover it.
 

@@ -1,7 +1,7 @@
 """Reading and rewriting the weights of a hooked model: the unembedding, and interventions made permanent."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from mechsteer.backends import Hooked, backend_of, hooks
 from mechsteer.errors import MechsteerError
+from mechsteer.site import Site
+
+RANK_KINDS = ("mlp_post", "mlp_out", "z", "attn_out")
+"""What an edit of rank k reads."""
 
 
 class _Writer(NamedTuple):
@@ -86,7 +90,7 @@ def add_bias(hooked: Hooked, layer: int, vector: Float[Tensor, " d_model"]) -> H
     edited = _copy(hooked)
     added = vector.detach()
     expected = _probe(edited, [(f"blocks.{layer}.hook_resid_post", lambda tensor, hook: tensor + added.to(tensor))])
-    module, name = _mlp_bias(edited, layer)
+    module, name, _ = _writer_of(edited, layer, "mlp")
     old = getattr(module, name)
     if old is None:
         weight = next(module.parameters())
@@ -95,6 +99,90 @@ def add_bias(hooked: Hooked, layer: int, vector: Float[Tensor, " d_model"]) -> H
         old.data.copy_(old.data.double() + added.to(old.device).double())
     _check_equal(edited, expected, "add_bias")
     return edited
+
+
+def add_rank(
+    hooked: Hooked,
+    layer: int,
+    kind: str,
+    reads: Float[Tensor, "k d_in"],
+    writes: Float[Tensor, "_ d_model"],
+    *,
+    head: int | None = None,
+) -> Hooked:
+    """A copy of the model in which a block writes more: an edit of rank k of the matrix that it writes with.
+
+        out(x) + sum_i (x . read_i) write_i
+
+    With x what the matrix is applied to (`mlp_post`, or `z` of a head), W <- W + sum_i read_i (x) write_i. With x what
+    the module writes, bias and all (`mlp_out`, `attn_out`), W <- W + W read_i (x) write_i and the same for the bias;
+    reads = -writes = an orthonormal basis is then the projection of that module's output. Source: the form of Meng et
+    al. 2022, "Locating and editing factual associations in GPT" (equation 2).
+
+    Args:
+        hooked: is left as it is.
+        layer: the block.
+        kind: "mlp_post", "mlp_out", "z" or "attn_out": the hook point that is read.
+        reads: rows that are read.
+        writes: rows that are written.
+        head: which head's `z`; None for the other kinds.
+
+    Raises:
+        MechsteerError: there is no such place, sizes do not fit, or the two are not the same function in this
+            architecture.
+    """
+    cfg = hooked.cfg
+    d_in = {"mlp_post": cfg.d_mlp, "z": cfg.d_head}.get(kind, cfg.d_model)
+    has_head = head is not None and 0 <= head < cfg.n_heads if kind == "z" else head is None
+    fits = reads.shape[1] == d_in and writes.shape == (len(reads), cfg.d_model)
+    if kind not in RANK_KINDS or not 0 <= layer < cfg.n_layers or not has_head or not fits:
+        raise MechsteerError(
+            f"add_rank got reads {list(reads.shape)} of {kind!r} (layer {layer}, head {head}) and writes "
+            f"{list(writes.shape)}. It takes reads [k, d] of {', '.join(map(repr, RANK_KINDS))} (z of one head) and as "
+            f"many writes [k, {cfg.d_model}]."
+        )
+    _check_writes_directly(hooked)
+    edited = _copy(hooked)
+    expected = _probe(edited, rank_hooks(layer, kind, reads, writes, head=head))
+    module, name, weight = _writer_of(edited, layer, "mlp" if kind.startswith("mlp") else "attn")
+    exact_reads, exact_writes = (each.detach().to(weight.device).double() for each in (reads, writes))
+    wide = weight.double().reshape(-1, cfg.d_model)
+    if kind in ("mlp_out", "attn_out"):
+        wide = wide + (wide @ exact_reads.T) @ exact_writes
+        bias = getattr(module, name)
+        if bias is not None:
+            bias.data.copy_(bias.data.double() + (bias.data.double() @ exact_reads.T) @ exact_writes)
+    else:
+        first = 0 if head is None else head * d_in
+        wide = wide + nn.functional.pad(exact_reads, (first, len(wide) - first - d_in)).T @ exact_writes
+    weight.copy_(wide.reshape(weight.shape))
+    _check_equal(edited, expected, "add_rank")
+    return edited
+
+
+def rank_hooks(
+    layer: int,
+    kind: str,
+    reads: Float[Tensor, "k d_in"],
+    writes: Float[Tensor, "_ d_model"],
+    *,
+    head: int | None = None,
+) -> list[tuple[str, Callable[..., Any]]]:
+    """Plain hooks that compute what `add_rank` writes into the weights."""
+    out = Site("mlp_out" if kind.startswith("mlp") else "attn_out", layer)
+    kept: list[Tensor] = []
+
+    def push(x: Tensor) -> Tensor:
+        return (x @ reads.to(x).T) @ writes.to(x)
+
+    def take(tensor: Tensor, hook: Any) -> None:
+        kept[:] = [tensor if head is None else tensor[:, :, head]]
+
+    def add(tensor: Tensor, hook: Any) -> Tensor:
+        return tensor + push(kept.pop() if kept else tensor).to(tensor)
+
+    taken = [] if kind == out.kind else [(Site(kind, layer).hook_name, take)]
+    return [*taken, (out.hook_name, add)]
 
 
 def _check_writes_directly(hooked: Hooked) -> None:
@@ -141,9 +229,16 @@ def _writers(hooked: Hooked) -> Iterator[_Writer]:
                 yield _Writer(linear, "bias", -1)
 
 
-def _mlp_bias(hooked: Hooked, layer: int) -> tuple[nn.Module, str]:
-    mlp: Any = hooked.blocks[layer].mlp
-    return (mlp, "b_out") if backend_of(hooked) == "hooked_transformer" else (mlp.out.original_component, "bias")
+def _writer_of(hooked: Hooked, layer: int, part: str) -> tuple[nn.Module, str, Float[Tensor, "*d_in d_model"]]:
+    """The module that a block's "attn" or "mlp" writes with, the name of its bias, and its matrix, not copied."""
+    block: Any = hooked.blocks[layer]
+    if backend_of(hooked) == "hooked_transformer":
+        if part == "mlp":
+            return block.mlp, "b_out", block.mlp.W_out.data
+        return block.attn, "b_O", block.attn.W_O.data  # [head, d_head, d_model]
+    linear = (block.mlp.out if part == "mlp" else block.attn.o).original_component
+    # transformers' Conv1D, of GPT-2, holds [in, out]; nn.Linear holds [out, in].
+    return linear, "bias", linear.weight.data if type(linear).__name__ == "Conv1D" else linear.weight.data.T
 
 
 def _untie(hooked: Hooked) -> None:

@@ -34,13 +34,14 @@ def draw(
     drawn by its dimensions:
 
     - `alpha` along x with one line for each cell of the others
-    - one dimension as a line, with a band where the Result has arrays `low` and `high` to a drawn `mean`
+    - one dimension as a line, with a band where the Result has `<name>_low` and `<name>_high` to the array, or `low`
+      and `high` to a drawn `mean`
     - two as a heatmap, the first of them along y with its first value on top, with colours centred at 0 if there are
       values of both signs
     - three as a heatmap for each value of one of them, all on one scale
 
     Ticks show tokens where a coordinate `<dim>_token` or `token` lies along the dimension. Names and units are the
-    attrs `long_name` and `units` of arrays and coordinates.
+    attrs `long_name` and `units` of arrays and coordinates; a coordinate with the attr `scale="log"` has such an axis.
 
     Args:
         result: holds the array.
@@ -53,7 +54,7 @@ def draw(
             so; None takes all values in.
         against: a second array of the same dimensions: draws a point for each cell, with this one along x, the line
             of equality and the rank correlation.
-        colour: a coordinate or array by whose values such points are coloured.
+        colour: a coordinate or array by whose values lines, or such points, are coloured.
 
     Raises:
         MechsteerError: the array was not named, is not there, is text, or has too many dimensions; or an option does
@@ -65,10 +66,11 @@ def draw(
         return _finished(figure, title or f"{array.name} against {against}", array)
     dims = tuple(str(dim) for dim in array.dims if dim != "prompt")
     is_map = len(dims) in (2, 3) and "alpha" not in dims
+    is_lines = len(dims) == 1 or "alpha" in dims
     for_maps = {"marks": marks, "limit": limit} if not is_map else {}
-    for option, value in ({"colour": colour} | for_maps).items():
+    for option, value in (for_maps if is_lines else {"colour": colour} | for_maps).items():
         if value is not None:
-            kind = "points, which against= draws" if option == "colour" else "heat maps"
+            kind = "lines, and for points, which against= draws" if option == "colour" else "heat maps"
             raise MechsteerError(f"{option}={value!r} is for {kind}, and {array.name!r} is drawn otherwise.")
     if facet is not None and (facet not in dims or len(dims) != 3 or not is_map):
         raise MechsteerError(
@@ -77,8 +79,10 @@ def draw(
         )
     if not dims and "prompt" in array.dims:  # one number per prompt: each is a point
         figure = lines(array.astype(float), "prompt", mode="markers")
-    elif len(dims) == 1 or "alpha" in dims:
-        figure = lines(array.astype(float), "alpha" if "alpha" in dims else dims[0], band=_band(result, array))
+    elif is_lines:
+        along = "alpha" if "alpha" in dims else dims[0]
+        hues = None if colour is None else result[colour]
+        figure = lines(array.astype(float), along, band=_band(result, array), colour=hues)
     elif is_map:
         facet = facet or (None if len(dims) == 2 else "site" if "site" in dims else dims[0])
         dots = _marks(result, array, dims, marks)
@@ -114,10 +118,13 @@ def _mean(array: xr.DataArray) -> xr.DataArray:
 
 
 def _band(result: Result, array: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray] | None:
-    """The interval that stands beside a mean in what the patching room gives."""
-    if array.name not in _WITH_INTERVAL or not {"low", "high"} <= set(result.data.data_vars):
-        return None
-    low, high = result["low"], result["high"]
+    """The interval that stands beside a mean: `low` and `high` of a map, or `<name>_low` and `<name>_high`."""
+    ends = [f"{array.name}_low", f"{array.name}_high"]
+    if not set(ends) <= set(result.data.data_vars):
+        ends = ["low", "high"]
+        if array.name not in _WITH_INTERVAL or not set(ends) <= set(result.data.data_vars):
+            return None
+    low, high = (result[end] for end in ends)
     averaged = set(array.dims) - {"prompt"}
     if not set(low.dims) == averaged == set(high.dims) or bool(low.isnull().all()):
         return None

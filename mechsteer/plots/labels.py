@@ -48,7 +48,8 @@ def cell_name(array: xr.DataArray, dim: str, at: int) -> str:
 
 
 def axis(array: xr.DataArray, dim: str, *, even: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
-    """Where the cells of a dimension stand, and plotly's settings of the axis; `even` spaces numbers as steps.
+    """Where the cells of a dimension stand, and plotly's settings of the axis; `even` spaces numbers as steps. An attr
+    `scale` of "log" makes it logarithmic, where all numbers are above 0.
 
     Ticks show the texts of a coordinate `<dim>_token` or `token` along the dimension, if there is one.
     """
@@ -56,6 +57,8 @@ def axis(array: xr.DataArray, dim: str, *, even: bool = False) -> tuple[np.ndarr
     settings: dict[str, Any] = {"title": {"text": name_of(array[dim])}}
     numbers = values.dtype.kind in "bifu" and not even
     places = values.astype(float) if numbers else np.arange(len(values))
+    if numbers and array[dim].attrs.get("scale") == "log" and (places > 0).all():
+        settings["type"] = "log"
     texts = _token_texts(array, dim)
     if numbers and texts is None:
         return places, settings

@@ -8,23 +8,32 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from mechsteer.errors import MechsteerError
-from mechsteer.plots.labels import axis, cell_name, hovers, name_of
+from mechsteer.plots.labels import axis, cell_name, hovers, name_of, plain, shown
 from mechsteer.plots.themes import PALETTE
 from mechsteer.result import bootstrap_ci
 
 _MOST_LINES = 40
+_MOST_MARKERS = 60
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 _Band = tuple[xr.DataArray, xr.DataArray]
 
 
-def lines(array: xr.DataArray, along: str, *, mode: str = "lines+markers", band: _Band | None = None) -> go.Figure:
+def lines(
+    array: xr.DataArray,
+    along: str,
+    *,
+    mode: str | None = None,
+    band: _Band | None = None,
+    colour: xr.DataArray | None = None,
+) -> go.Figure:
     """One line along a dimension for each cell of the others; the mean over `prompt` with its 95 % bootstrap interval.
 
     Args:
         array: of numbers.
         along: the dimension of x.
-        mode: of plotly's scatter.
+        mode: of plotly's scatter; None draws markers on lines of up to 60 points.
         band: lower and upper end of an interval that is known already, in the dimensions of `array`.
+        colour: lines of which this has the same value share a colour, and differ in their dashes.
     """
     figure = go.Figure()
     averaged = "prompt" in array.dims and along != "prompt"
@@ -36,6 +45,8 @@ def lines(array: xr.DataArray, along: str, *, mode: str = "lines+markers", band:
             f"it draws up to {_MOST_LINES}. Pick with .sel(...) or average with .mean(...) first."
         )
     x, x_axis = axis(array, along)
+    mode = mode or ("lines+markers" if len(x) <= _MOST_MARKERS else "lines")
+    looks = _looks(array, others, cells, colour)
     for index, cell in enumerate(cells):
         at = dict(zip(others, cell, strict=True))
         line = array.isel(at)
@@ -45,8 +56,9 @@ def lines(array: xr.DataArray, along: str, *, mode: str = "lines+markers", band:
             ends = bootstrap_ci(line.transpose("prompt", along).values, seed=0)
         elif band is not None:
             ends = band[0].isel(at).values, band[1].isel(at).values
-        label = ", ".join(cell_name(array, dim, place) for dim, place in at.items())
-        _add(figure, x, mean, ends, mode=mode, label=label, group=index)
+        hue, dash, value = looks[index]
+        label = ", ".join([*(cell_name(array, dim, place) for dim, place in at.items()), *value])
+        _add(figure, x, mean, ends, mode=mode, label=label, group=index, line={"color": hue, "dash": dash})
     return figure.update_layout(xaxis=x_axis, yaxis={"title": {"text": name_of(array)}})
 
 
@@ -59,8 +71,9 @@ def _add(
     mode: str,
     label: str,
     group: int,
+    line: dict[str, str],
 ) -> None:
-    colour = PALETTE[group % len(PALETTE)]
+    colour = line["color"]
     hover = hovers(mean)
     if ends is not None:
         low, high = ends
@@ -70,11 +83,31 @@ def _add(
         edge |= {"legendgroup": str(group), "showlegend": False}
         figure.add_scatter(y=low, **edge)
         figure.add_scatter(y=high, fill="tonexty", fillcolor=_faint(colour), **edge)
-    dash = _DASHES[group // len(PALETTE) % len(_DASHES)]
     figure.add_scatter(
         x=x, y=mean.values, mode=mode, name=label, showlegend=bool(label), hoverinfo="text", hovertext=hover,
-        legendgroup=str(group), line={"color": colour, "dash": dash}, marker={"color": colour},
+        legendgroup=str(group), line=line, marker={"color": colour},
     )  # fmt: skip
+
+
+def _looks(
+    array: xr.DataArray, dims: list[str], cells: list[tuple[int, ...]], colour: xr.DataArray | None
+) -> list[tuple[str, str, list[str]]]:
+    """Colour, dash, and what the legend says of the colour, for each line."""
+    n = len(PALETTE)
+    if colour is None:
+        return [(PALETTE[index % n], _DASHES[index // n % len(_DASHES)], []) for index in range(len(cells))]
+    if not set(colour.dims) <= set(dims):
+        raise MechsteerError(
+            f"colour={colour.name!r} has {', '.join(map(str, colour.dims))}, and {array.name!r} has a line for each "
+            f"{' and '.join(dims) or 'array'}. Pass a coordinate or an array of these dimensions."
+        )
+    values = [
+        colour.isel({dim: at for dim, at in zip(dims, cell, strict=True) if dim in colour.dims}) for cell in cells
+    ]
+    told = [shown(value.item()) for value in values]
+    hues = {value: PALETTE[index % n] for index, value in enumerate(dict.fromkeys(told))}
+    dashes = [_DASHES[told[:index].count(value) % len(_DASHES)] for index, value in enumerate(told)]
+    return [(hues[value], dash, [plain(value)]) for value, dash in zip(told, dashes, strict=True)]
 
 
 def _faint(colour: str) -> str:

@@ -4,19 +4,25 @@ from mechsteer.propagator.activation_rows import paired_differences, prompt_grad
 from mechsteer.propagator.dyson import dyson
 from mechsteer.propagator.flow import position_flow
 from mechsteer.propagator.gap import gap_gradient, linear_prediction, nearest_tokens
-from mechsteer.propagator.identity import identity_share
+from mechsteer.propagator.identity import identity_pairs, identity_share
+from mechsteer.propagator.linearity import linear_regime
 from mechsteer.propagator.operator import Propagator
 from mechsteer.propagator.prompt_vector import prompt_vector, replacement_loss, tokens_like
 from mechsteer.propagator.rank import least_rank, principal, rank_test, spectrum
 from mechsteer.propagator.token_search import search_tokens
+from mechsteer.propagator.weight_edit import RankEdit, fit_edit
 
 __all__ = [
     "Propagator",
+    "RankEdit",
     "dyson",
+    "fit_edit",
     "gap_gradient",
+    "identity_pairs",
     "identity_share",
     "least_rank",
     "linear_prediction",
+    "linear_regime",
     "nearest_tokens",
     "paired_differences",
     "position_flow",

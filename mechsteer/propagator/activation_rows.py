@@ -108,22 +108,30 @@ def token_rows(model: Model, texts: PromptsLike, *, site: SiteLike, tokens: int 
     Args:
         model: to record.
         texts: what to run.
-        site: in the residual stream.
+        site: of vectors: the residual stream, `mlp_post`, `z` of one head, ...
         tokens: "all", "last" (before any completion), a span's name, or a position.
 
     Raises:
         MechsteerError: a text lacks the tokens.
     """
-    where = _residual(model, site, "token_rows")
+    where = Site.of(site)
+    model.check_site(where)
+    if where.pos is not None or where.axes[-1] in ("src", "one") or ("head" in where.axes and where.head is None):
+        raise MechsteerError(
+            f"token_rows got {where!r}, but records vectors at chosen tokens. Pass a site such as ('resid_post', 2) or "
+            "Site('z', 2, head=0), and the tokens with tokens=."
+        )
     right = model.prompts(texts).padded("right")
     rows = torch.cat([values[chosen] for values, chosen in _recorded(model, right, where, tokens)])
     return Direction(rows, where, model.id, {"method": "token_rows", "tokens": tokens, "texts": right.hash})
 
 
-def whitened(rows: Direction, texts: Direction, *, ridge: float = 1.0) -> Direction:
+def whitened(rows: Direction, texts: Direction | Sequence[Direction], *, ridge: float = 1.0) -> Direction:
     """Rows turned away from the directions along which unrelated texts are long, so that to ablate them costs less.
 
-        w_i proportional to (C + ridge * tr(C) / d * 1)^-1 v_i        C = mean_j y_j y_j^T, y_j the rows of the texts
+        w_i proportional to (C + ridge * tr(C) / d * 1)^-1 v_i        C = mean_g mean_j y_gj y_gj^T
+
+    y_gj are the rows of text g: what must not change, such as plain text and the model's answers to other requests.
 
     Of all vectors with the same inner product with v_i, w_i takes least from the texts when it is projected out, up to
     the ridge: Fisher's discriminant; Marks & Tegmark 2023, "The geometry of truth" (their mass-mean probe). One common
@@ -131,7 +139,7 @@ def whitened(rows: Direction, texts: Direction, *, ridge: float = 1.0) -> Direct
 
     Args:
         rows: what is turned.
-        texts: activations of unrelated texts at the same site; see `token_rows`.
+        texts: activations of unrelated texts at the same site, or of several sets that count alike; see `token_rows`.
         ridge: above 0; large values leave the rows as they are.
 
     Raises:
@@ -139,14 +147,17 @@ def whitened(rows: Direction, texts: Direction, *, ridge: float = 1.0) -> Direct
     """
     if not ridge > 0 or ridge == float("inf"):
         raise MechsteerError(f"whitened got ridge={ridge}. Pass a finite number above 0; 1.0 is a good start.")
-    Direction.stack([rows, texts])  # says what does not fit together
-    exact, others = (each.vectors.detach().double() for each in (rows, texts))
-    moment = others.T @ others / len(others)
+    groups = [texts] if isinstance(texts, Direction) else list(texts)
+    Direction.stack([rows, *groups])  # says what does not fit together
+    exact, *others = (each.vectors.detach().double() for each in (rows, *groups))
+    if not others:
+        raise MechsteerError("whitened got no texts. Pass the rows of at least one; see token_rows.")
+    moment = torch.stack([each.T @ each / len(each) for each in others]).mean(0)
     one = torch.eye(len(moment)).to(moment)
     turned = torch.linalg.solve(moment + ridge * moment.trace() / len(moment) * one, exact.T).T
     turned = turned * (torch.linalg.matrix_norm(exact) / torch.linalg.matrix_norm(turned))
-    origin = {"method": "whitened", "ridge": ridge, "texts": texts.origin, "of": rows.origin}
-    return Direction(turned.to(rows.vectors), rows.site, rows.model or texts.model, origin)
+    origin = {"method": "whitened", "ridge": ridge, "texts": [each.origin for each in groups], "of": rows.origin}
+    return Direction(turned.to(rows.vectors), rows.site, rows.model or groups[0].model, origin)
 
 
 def _gradient(

@@ -1,7 +1,8 @@
 """Where a push arrives: at its own position, or carried to others by attention."""
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +50,11 @@ def position_flow(
         - `arrived` [vector, src, dest, prompt] = |J v| / |v| at position dest, v pushed at src; for "random" the root
           of the mean square, which estimates |J|_F / sqrt(d). 0 before the push, NaN where a prompt has no such
           position;
+        - `others` [vector, src, prompt]: the root of sum_(dest > src) arrived^2, which attention carried to others;
         - `same` [vector, src, prompt]: the share of sum_dest arrived^2 that dest = src has.
-        `src` holds positions as they were asked for, `dest` absolute ones.
+        `src` holds positions as they were asked for, `dest` absolute ones; `src_token` and `dest_token` say what stands
+        there in the first prompt that is long enough, with dots where prompts differ. `flow.plot("arrived")` draws a
+        map for each vector, in whose rows a push spreads from the diagonal to the right.
 
     Raises:
         MechsteerError: the source comes after the target or is not on the residual stream, no prompt has a position, a
@@ -84,21 +88,50 @@ def position_flow(
     batch = torch.arange(len(given), device=decision.device)
     names = [*named, *(["random"] if random else [])]
     arrived = torch.full((len(names), len(asked), width, len(given)), torch.nan, dtype=reached.dtype)
-    same = torch.full((len(names), len(asked), len(given)), torch.nan, dtype=reached.dtype)
+    same, others = (torch.full((len(names), len(asked), len(given)), torch.nan, dtype=reached.dtype) for _ in range(2))
     for index, place in enumerate(places):
         there = (place >= 0) & (place < given.lengths)
         at = torch.where(there, place, 0)
         square = Jacobian(reached, moved, (batch, at)).jvp(pushes).square().sum(-1)
         parts = [*square[: len(named)], *([square[len(named) :].mean(0)] if random else [])]
         rows = torch.stack(parts).masked_fill(~given.mask, 0)  # [vector, batch, pos]
-        same[:, index] = (rows[:, batch, at] / rows.sum(-1)).masked_fill(~there, torch.nan)
+        here = rows[:, batch, at]
+        same[:, index] = (here / rows.sum(-1)).masked_fill(~there, torch.nan)
+        apart = rows.index_put((torch.arange(len(rows))[:, None], batch, at), here.new_zeros(()))
+        others[:, index] = apart.sum(-1).sqrt().masked_fill(~there, torch.nan)
         seen = rows.sqrt().masked_fill(~(given.mask & there[:, None]), torch.nan)
         arrived[:, index] = seen.transpose(1, 2)
-    arrays = {"arrived": (("vector", "src", "dest", "prompt"), arrived.numpy())}
-    data = xr.Dataset(arrays, {"vector": names, "src": asked, "dest": np.arange(width)})
-    data = data.assign(same=(("vector", "src", "prompt"), same.numpy())).assign_coords(prompt=np.arange(len(given)))
+    cell = ("vector", "src", "prompt")
+    length = {"units": "length of the push"}
+    arrays: dict[str, Any] = {
+        "arrived": (
+            ("vector", "src", "dest", "prompt"),
+            arrived.numpy(),
+            {"long_name": "length that arrives"} | length,
+        ),
+        "others": (cell, others.numpy(), {"long_name": "length carried to other positions"} | length),
+        "same": (cell, same.numpy(), {"long_name": "share at the push's own position"}),
+    }
+    texts = [given.shown_tokens(row) for row in range(len(given))]
+    coords: dict[str, Any] = {
+        "vector": names,
+        "src": ("src", asked, {"long_name": "pushed at"}),
+        "dest": ("dest", np.arange(width), {"long_name": "arrives at"}),
+        "src_token": ("src", _shown(texts, [place.tolist() for place in places])),
+        "dest_token": ("dest", _shown(texts, [[pos] * len(given) for pos in range(width)])),
+        "prompt": list(given.labels) if given.labels else np.arange(len(given)),
+    }
     about = provenance(
         model=model.id, seed=seed, seconds=time.perf_counter() - began, source=str(begin), target=str(end),
         random=random, prompts=given.hash,
     )  # fmt: skip
-    return Result(data, provenance=about)
+    return Result(xr.Dataset(arrays, coords), provenance=about)
+
+
+def _shown(texts: Sequence[Sequence[str]], places: Iterable[Sequence[int]]) -> np.ndarray:
+    """What stands at each place, given as a position of each prompt."""
+    out = []
+    for place in places:
+        there = [row[at] for row, at in zip(texts, place, strict=True) if 0 <= at < len(row)]
+        out.append(there[0] + ("…" if len(set(there)) > 1 else ""))
+    return np.array(out, dtype=object)

@@ -5,7 +5,7 @@ The gap is `LogitGap`, or any other Objective, which goes up; `-gap` goes down.
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,132 +13,34 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsteer import rendering
 from mechsteer.activations import Activations, ModelId
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.hooks import Intervention
 from mechsteer.interventions import Add, Replace, SoftPrefix
 from mechsteer.model import Model, PromptsLike
-from mechsteer.objectives import Objective, TokenSet
+from mechsteer.objectives import Objective
 from mechsteer.objectives.base import one_of, precise, tokens_at
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
-from mechsteer.rendering import PREFIX, USER
+from mechsteer.propagator.intervals import check_finite, with_intervals
+from mechsteer.propagator.vocabulary import (
+    Filler,
+    allowed_tokens,
+    check_ids,
+    embeddings,
+    filling,
+    insert,
+    token_texts,
+)
 from mechsteer.result import Result, provenance
 from mechsteer.rows import of_like_lengths
 from mechsteer.run import Run
 from mechsteer.site import Site
 from mechsteer.sweeps import sweep
 
-Filler = int | Float[Tensor, " width"] | None
-"""What stands in slots: a token's id, an embedding, or None for the mean embedding of the vocabulary."""
-
-PLACES = ("suffix", "prefix")
 # Tokens of a batch whose graph is held.
 _TOKENS = {"cpu": 2048, "cuda": 16384}
-
-
-# ---- tokens and where they go ----
-
-
-def insert(prompts: Prompts, ids: Sequence[int] = (), *, where: str = "suffix", slots: int = 0) -> Prompts:
-    """The prompts with ids put into each as they are, nothing tokenised again, and then reserved slots.
-
-    Args:
-        prompts: those that reserve slots get ids and slots in the place of these, whatever their number.
-        ids: of the tokens put in; none for the prompts without tokens.
-        where: "suffix", after the user's text, or "prefix", before it, in prompts that reserve no slots.
-        slots: how many slots to reserve after the ids.
-
-    Returns:
-        Right-padded prompts. What is put in has the role "prefix", on either side of the user's text.
-
-    Raises:
-        MechsteerError: no such place, a prompt without user text, or an id that is none of the tokenizer's.
-    """
-    one_of("where", where, PLACES)
-    right = prompts.padded("right")
-    rows: dict[str, list[list[int]]] = {"tokens": [], "roles": [], "slots": []}
-    for row in range(len(right)):
-        n = int(right.lengths[row])
-        tokens, roles, reserved = (each[row, :n].tolist() for each in (right.tokens, right.roles, right.slots))
-        if True in reserved:
-            start = reserved.index(True)
-            stop = start + sum(reserved)
-        elif USER in roles:
-            start = stop = roles.index(USER) if where == "prefix" else n - roles[::-1].index(USER)
-        else:
-            raise MechsteerError(f"prompt {row} has neither slots nor user text to put tokens at. Make it with slots=.")
-        size = len(ids) + slots
-        new = {
-            "tokens": [*ids, *[rendering.pad_id(right.tokenizer)] * slots],
-            "roles": [PREFIX] * size,
-            "slots": [False] * len(ids) + [True] * slots,
-        }
-        for name, old in (("tokens", tokens), ("roles", roles), ("slots", reserved)):
-            rows[name].append([*old[:start], *new[name], *old[stop:]])
-    made = Prompts.from_ids(rows["tokens"], tokenizer=right.tokenizer, labels=right.labels)
-
-    def placed(name: str, like: Tensor) -> Tensor:
-        return like.masked_scatter(made.mask, torch.tensor([each for row in rows[name] for each in row]).to(like))
-
-    made = replace(made, roles=placed("roles", made.roles), slots=placed("slots", made.slots))
-    return made.to(right.tokens.device)
-
-
-def embeddings(model: Model) -> Float[Tensor, "d_vocab d_model"]:
-    """What each token of the vocabulary is where it enters, at `hook_embed`, without its position."""
-    rows = torch.arange(model.d_vocab).split(model.n_ctx)
-    runs = (model.run(Prompts.from_ids([row.tolist()]), record="embed", logits="none") for row in rows)
-    return torch.cat([run.activations[Site("embed")][0] for run in runs])
-
-
-def allowed_tokens(model: Model, *, forbidden: Iterable[int | str] = ()) -> list[int]:
-    """Ids that a search may use: those that the tokenizer has a token for, without special and chat template tokens.
-
-    Args:
-        model: whose vocabulary.
-        forbidden: further ids, or strings that are one token, to leave out.
-
-    Raises:
-        MechsteerError: nothing is left, or a string is not one token.
-    """
-    given = list(forbidden)
-    out = set(TokenSet.of(given, tokenizer=model, what="forbidden").ids.flatten().tolist()) if given else set()
-    known = set(range(model.d_vocab))
-    if model.tokenizer is not None:
-        known &= set(model.tokenizer.get_vocab().values())
-        out |= {*model.tokenizer.all_special_ids, *rendering.control_tokens(model.tokenizer)}
-    if not known - out:
-        raise MechsteerError(f"forbidden= leaves none of the {model.d_vocab} tokens of {model.name}. Forbid fewer.")
-    return sorted(known - out)
-
-
-def token_texts(model: Model, ids: Sequence[int]) -> list[str]:
-    """The text of each token; its id where there is no tokenizer."""
-    if model.tokenizer is None:
-        return [str(each) for each in ids]
-    return rendering.str_tokens(torch.tensor(list(ids), dtype=torch.long), model.tokenizer)
-
-
-def filling(table: Float[Tensor, "d_vocab d_model"], filler: Filler) -> Float[Tensor, " d_model"]:
-    """The embedding that a filler means.
-
-    Raises:
-        MechsteerError: it has another width than the model, or is no id of it.
-    """
-    if filler is None:
-        return table.mean(0)
-    if isinstance(filler, Tensor):
-        if filler.shape != table.shape[1:]:
-            raise MechsteerError(
-                f"filler has shape {list(filler.shape)}, but d_model is {table.shape[1]}. Pass one embedding [d_model]."
-            )
-        return filler.detach().to(table)
-    if not 0 <= filler < len(table):
-        raise MechsteerError(f"filler={filler} is no id: the vocabulary has ids from 0 to {len(table) - 1}.")
-    return table[filler]
 
 
 # ---- the gradient ----
@@ -347,7 +249,7 @@ def linear_prediction(
     measure: Objective,
     where: str = "suffix",
     filler: Filler = None,
-    patterns: bool = False,
+    patterns: bool | str = False,
     progress: bool = True,
 ) -> Result:
     """How well the gradient, and the sum of embeddings, say what tokens do to an objective M when they are put in.
@@ -368,17 +270,30 @@ def linear_prediction(
         where: as for `insert`.
         filler: as for `gap_gradient`.
         patterns: also measure `fixed_patterns` [token, prompt]: the true change while all attention patterns stay
-            those of the fillers. What `true` has beyond it came about because attention looked elsewhere.
+            those of the fillers. What `true` has beyond it came about because attention looked elsewhere. "layers" also
+            measures `fixed_layer` [layer, token, prompt], with the patterns of one layer held: one more run for each.
 
     Returns:
-        These arrays [token, prompt]; `correlation` of true and predicted and `correlation_as_sum` of inserted and
-        as_sum [prompt], over candidates (NaN where one of them does not vary); `base` (fillers) and `plain` [prompt].
+        These arrays [token, prompt]; `base` (fillers) and `plain` [prompt]; and over candidates, for each prompt
+        (NaN where nothing varies):
+
+            correlation, correlation_as_sum    Pearson's, of true and predicted, and of inserted and as_sum
+            explained, explained_as_sum        1 - sum (true - predicted)^2 / sum true^2, and the same of the other two;
+                                               below 0 where no change at all would be the better prediction
+            attention_share                    sum (true - fixed) true / sum true^2: the share of the change that
+                                               attention adds by looking elsewhere; with "layers" also
+                                               attention_share_layer [layer, prompt], of each layer's patterns alone
+
+        with the 95 % bootstrap interval of each one's mean over prompts in `correlation_low`, `correlation_high`, ...
         `token` has the ids' text in `text`.
 
     Raises:
-        MechsteerError: candidates are none, of unlike lengths, or no ids of the model; or as for `gap_gradient`.
+        MechsteerError: candidates are none, of unlike lengths, or no ids of the model; `patterns` is something else; or
+            as for `gap_gradient`.
     """
     began = time.perf_counter()
+    if patterns not in (False, True, "layers"):
+        raise MechsteerError(f"patterns got {patterns!r}. Pass False, True or 'layers'.")
     rows = list(dict.fromkeys((each,) if isinstance(each, int) else tuple(each) for each in candidates))
     sizes = sorted({len(row) for row in rows})
     if len(sizes) != 1 or not sizes[0]:
@@ -400,6 +315,7 @@ def linear_prediction(
             model, run, axes={"token": list(edits)}, build=lambda token: edits[token],
             measure=measure.named("value"), progress=progress,
         )  # fmt: skip
+        check_finite(swept.data["value"], repr(measure))
         return swept.data["value"].values
 
     labels = [" ".join(map(str, row)) for row in rows]
@@ -415,29 +331,45 @@ def linear_prediction(
     start = before.data["value"].values[0]
     arrays = {"true": true, "predicted": predicted.cpu().numpy(), "inserted": true + base - start}
     arrays["as_sum"] = measured(plain, sums) - start
+    one_layer = []
     if patterns:
         fill = SoftPrefix(stands.expand(sizes[0], -1))
         held = model.run(slotted, [fill], record="pattern", logits="none").activations
         fixed = [Replace(Site("pattern", layer), held) for layer in range(model.n_layers)]
         arrays["fixed_patterns"] = measured(slotted, {label: [*each, *fixed] for label, each in soft.items()}) - base
+        if patterns == "layers":
+            one_layer = [
+                measured(slotted, {label: [*each, layer] for label, each in soft.items()}) - base for layer in fixed
+            ]
     data = xr.Dataset(
         {name: (("token", "prompt"), array) for name, array in arrays.items()}
-        | {"base": ("prompt", base), "plain": ("prompt", start)},
+        | {"base": ("prompt", base), "plain": ("prompt", start)}
+        | ({"fixed_layer": (("layer", "token", "prompt"), np.stack(one_layer))} if patterns == "layers" else {}),
         coords={
             "token": labels, "text": ("token", ["".join(token_texts(model, row)) for row in rows]),
             "prompt": list(given.labels) if given.labels else np.arange(len(given)),
         },
     )  # fmt: skip
-    data["correlation"] = xr.corr(data["true"], data["predicted"], "token")
-    data["correlation_as_sum"] = xr.corr(data["inserted"], data["as_sum"], "token")
+    if patterns == "layers":
+        data = data.assign_coords(layer=range(model.n_layers))
+    data = _agreement(data)
     seconds = time.perf_counter() - began
     return Result(data, provenance=provenance(model=model.id, seconds=seconds, measure=repr(measure), where=where))
 
 
-def check_ids(model: Model, ids: Sequence[int]) -> None:
-    """Raise `MechsteerError` unless all are ids of the model."""
-    wrong = [each for each in ids if not 0 <= each < model.d_vocab]
-    if wrong:
-        raise MechsteerError(
-            f"token id {wrong[0]} is none of {model.name}, with ids 0 to {model.d_vocab - 1}. Pass one of these."
-        )
+def _agreement(data: xr.Dataset) -> xr.Dataset:
+    """How far predictions and truth agree over candidates, for each prompt, with intervals of the mean over prompts."""
+
+    def share(part: xr.DataArray, whole: xr.DataArray) -> xr.DataArray:
+        total = (whole**2).sum("token")
+        return (part * whole).sum("token") / total.where(total > 0)
+
+    found = {}
+    for suffix, truth, guess in (("", "true", "predicted"), ("_as_sum", "inserted", "as_sum")):
+        off, total = data[truth] - data[guess], (data[truth] ** 2).sum("token")
+        found["correlation" + suffix] = xr.corr(data[truth], data[guess], "token")
+        found["explained" + suffix] = 1 - (off**2).sum("token") / total.where(total > 0)
+    for name, fixed in (("attention_share", "fixed_patterns"), ("attention_share_layer", "fixed_layer")):
+        if fixed in data:
+            found[name] = share(data["true"] - data[fixed], data["true"]).transpose(..., "prompt")
+    return with_intervals(data.assign(found), found)

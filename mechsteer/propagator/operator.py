@@ -1,7 +1,7 @@
 """How a push at one place of the residual stream arrives at another: the Jacobian as a linear operator."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import final
 
 import torch
@@ -15,6 +15,7 @@ from mechsteer.propagator.jacobian import Jacobian, positions_of, stage_of, trac
 from mechsteer.propagator.spectra import (
     SVD,
     Estimate,
+    check_probes,
     exactly,
     mean_of,
     n_probes,
@@ -22,10 +23,11 @@ from mechsteer.propagator.spectra import (
     randomised_svd,
     signs,
 )
+from mechsteer.result import Result
 from mechsteer.site import Site, SiteLike
 
 # Up to this many backward passes side by side, the whole matrix is cheap.
-_DENSE = 1024
+DENSE = 1024
 
 
 class LinearOperator(ABC):
@@ -129,14 +131,14 @@ class LinearOperator(ABC):
                 f"trace needs a square map, and this one is {self.d_target} x {self.d_source}. Choose a source and a "
                 "target of the same width."
             )
-        if probes is None and self.d_source <= _DENSE:
+        if probes is None and self.d_source <= DENSE:
             return exactly(self.dense().diagonal(dim1=1, dim2=2).sum(-1))
         z = self._signs(probes, seed)
         return mean_of((z * self._mv(z)).sum(-1))
 
     def frobenius(self, *, probes: int | None = None, seed: int = 0) -> Estimate:
         """Square root of the sum of squared entries; |J|_F^2 is the mean of |J z|^2. Options as for `trace`."""
-        if probes is None and min(self.d_source, self.d_target) <= _DENSE:
+        if probes is None and min(self.d_source, self.d_target) <= DENSE:
             return exactly(torch.linalg.matrix_norm(self.dense()))
         square, error = mean_of(self._mv(self._signs(probes, seed)).square().sum(-1))
         return Estimate(square.sqrt(), error / (2 * square.sqrt()).clamp(min=torch.finfo(square.dtype).tiny))
@@ -144,10 +146,8 @@ class LinearOperator(ABC):
     # ---- parts of these ----
 
     def _signs(self, probes: int | None, seed: int) -> Float[Tensor, "n batch d_source"]:
-        n = 64 if probes is None else probes
-        if n < 2:
-            raise MechsteerError(f"probes={n} give no standard error. Pass 2 or more, or None.")
-        return signs((n, self.batch, self.d_source), self._like(), seed)
+        check_probes(probes)
+        return signs((64 if probes is None else probes, self.batch, self.d_source), self._like(), seed)
 
     def _identity(self, d: int) -> Float[Tensor, "d batch d"]:
         like = self._like()
@@ -189,6 +189,28 @@ class _Transposed(LinearOperator):
 
 
 @final
+class Matrix(LinearOperator):
+    """A map whose entries are known."""
+
+    def __init__(self, entries: Float[Tensor, "batch d_target d_source"]) -> None:
+        self.entries = entries
+        self.batch, self.d_target, self.d_source = entries.shape
+
+    def dense(self) -> Float[Tensor, "batch d_target d_source"]:
+        """The entries."""
+        return self.entries
+
+    def _mv(self, v: Float[Tensor, "k batch d_source"]) -> Float[Tensor, "k batch d_target"]:
+        return (v.transpose(0, 1) @ self.entries.mT).transpose(0, 1)
+
+    def _rmv(self, u: Float[Tensor, "k batch d_target"]) -> Float[Tensor, "k batch d_source"]:
+        return (u.transpose(0, 1) @ self.entries).transpose(0, 1)
+
+    def _like(self) -> Tensor:
+        return self.entries
+
+
+@final
 class _Mean(LinearOperator):
     def __init__(self, of: LinearOperator) -> None:
         self.of = of
@@ -214,9 +236,10 @@ class Propagator(LinearOperator):
         Propagator(model, prompts, "embed", "logits")
         Propagator(model, prompts, ("resid_post", 1), ms.LogitGap(" cats", " dogs", tokenizer=model))
 
-    One forward pass, whose graph is kept; each product is then one backward pass, also that of `mv`, and many vectors
-    ride side by side. Where source and target are at the same position, only that position's stream moves: the keys
-    and values of the others are those of the clean run. The derivative is exact for the model as it runs.
+    One forward pass, whose graph is kept; each product is then one backward pass, also that of `mv` (see
+    `Jacobian.jvp`), and many vectors ride side by side. Where source and target are at the same position, only that
+    position's stream moves: the keys and values of the others are those of the clean run. The derivative is exact for
+    the model as it runs.
     """
 
     def __init__(
@@ -288,8 +311,69 @@ class Propagator(LinearOperator):
                 f"{target!r} does not depend on {begin!r}: it reads only what comes before. Choose an earlier source."
             )
         self.source, self.target = begin, target if last is None else last
+        self.source_pos, self.target_pos, self.hooks = at, stop, hooks
         self.batch, self.d_source = len(given), model.d_model
         self.d_target = self.jacobian.y.shape[-1]
+
+    def identity_share(
+        self,
+        *,
+        vectors: Mapping[str, Float[Tensor, "*batch d_model"]] | None = None,
+        random: int = 16,
+        spectrum: int = 16,
+        probes: int | None = None,
+        seed: int = 0,
+    ) -> Result:
+        """Split this J into a multiple of the identity and a rest, J = c I + R with c = tr(J) / d.
+
+        What `identity_share` and `identity_pairs` give for spans of blocks, for this source and target, which may also
+        lie within a block.
+
+        Args:
+            vectors: directions to follow, [d_model] or [batch, d_model]. Their length does not matter.
+            random: how many random directions to compare with.
+            spectrum: how many of the rest's singular values to give.
+            probes: as for `trace`.
+            seed: of random directions and probes.
+
+        Returns:
+            A Result with `c`, `rest`, `norm` and `cos_random` [prompt], `cos` [vector, prompt] where vectors were given
+            and `spectrum` [k, prompt], as of `identity_share`; and standard errors `c_stderr`, `rest_stderr` and
+            `norm_stderr` [prompt], 0 where J was computed whole.
+
+        Raises:
+            MechsteerError: the target is not of the stream's width, a vector does not fit, or is zero or not finite, or
+                an option is out of its range.
+        """
+        from mechsteer.propagator.identity import share_of
+
+        return share_of(self, vectors=vectors, random=random, spectrum=spectrum, probes=probes, seed=seed)
+
+    def dyson(
+        self,
+        *,
+        vectors: Mapping[str, Float[Tensor, "*batch d_model"]] | None = None,
+        random: int = 8,
+        unit: str = "block",
+        seed: int = 0,
+    ) -> Result:
+        """What arrives at this target of a push at this source, sorted by how many blocks it passed through.
+
+        The series of `dyson`, there to the last block, between any two sites of the stream at one position. A part of
+        a block at either end counts as a block.
+
+        Args:
+            vectors, random, unit, seed: as for `dyson`.
+
+        Returns:
+            A Result with `share`, `size` and `missing` [order, vector, prompt] and `arrives` [vector, prompt].
+
+        Raises:
+            MechsteerError: the target is not on the stream or at another position than the source; or as for `dyson`.
+        """
+        from mechsteer.propagator.dyson import series_of
+
+        return series_of(self, vectors=vectors, random=random, unit=unit, seed=seed)
 
     def _mv(self, v: Float[Tensor, "k batch d_source"]) -> Float[Tensor, "k batch d_target"]:
         return self.jacobian.jvp(v)

@@ -18,7 +18,8 @@ from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import KLFromBaseline, Objective
 from mechsteer.objectives.base import assign, decision_mask, examples_of, precise
 from mechsteer.prompts import Prompts
-from mechsteer.propagator.gap import allowed_tokens, check_ids, embeddings, insert, token_texts
+from mechsteer.propagator.intervals import check_finite, with_intervals
+from mechsteer.propagator.vocabulary import allowed_tokens, check_ids, embeddings, insert, token_texts
 from mechsteer.result import Result, provenance
 from mechsteer.run import Run
 from mechsteer.site import Site
@@ -110,11 +111,13 @@ def replacement_loss(
 
     Returns:
         `gap` [vector, layer, prompt]: the objective; `kl` [vector, layer, prompt]: KL(with tokens || with the vector)
-        at the decision position, in nats; `gap_tokens`, `gap_plain` and `kl_plain` [prompt]: with the tokens, and with
-        neither; `cosine` [layer, prompt] of own and mean; `norm` [layer] of the mean.
+        at the decision position, in nats; `loss` [vector, layer, prompt], the gap with the tokens minus the gap with
+        the vector; `gap_tokens`, `gap_plain` and `kl_plain` [prompt]: with the tokens, and with neither; `cosine`
+        [layer, prompt] of own and mean; `norm` [layer] of the mean. The 95 % bootstrap interval of each mean over
+        prompts is `loss_low`, `loss_high`, `gap_low`, ...
 
     Raises:
-        MechsteerError: the vector was made with other weights.
+        MechsteerError: the vector was made with other weights, or the objective is NaN or infinite.
     """
     began = time.perf_counter()
     model.check_same(vector.model, "PromptVector")
@@ -142,6 +145,10 @@ def replacement_loss(
         gap_tokens=ends["tokens"]["gap"], gap_plain=ends["plain"]["gap"], kl_plain=ends["plain"]["kl"],
         cosine=(("layer", "prompt"), _numpy(cosine)), norm=("layer", _numpy(mean.norm(dim=-1))),
     ).drop_vars("cell")  # fmt: skip
+    for name in ("gap", "gap_tokens", "gap_plain"):
+        check_finite(data[name], repr(measure))
+    data["loss"] = (data["gap_tokens"] - data["gap"]).transpose(*data["gap"].dims)
+    data = with_intervals(data, ["gap", "kl", "loss", "gap_tokens", "gap_plain", "kl_plain", "cosine"])
     made = provenance(
         model=model.id, seconds=time.perf_counter() - began, ids=list(vector.ids), where=vector.where,
         measure=repr(measure),

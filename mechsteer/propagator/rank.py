@@ -19,13 +19,16 @@ from mechsteer.objectives import KLFromBaseline, Objective, TeacherForcedCE
 from mechsteer.objectives.base import one_of
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
+from mechsteer.propagator.intervals import check_finite, with_intervals
 from mechsteer.result import Result, provenance
+from mechsteer.run import Run
 from mechsteer.sweeps import sweep
 
-Judge = Callable[[str], bool]
-"""Whether a completion shows the behaviour."""
+Judge = Callable[[str], bool | float]
+"""Whether, or how much, a completion shows the behaviour."""
 
 PUSHES = ("ablate", "add")
+FORMS = ("hooks", "weights")
 
 
 # ---- how many directions they span ----
@@ -119,6 +122,7 @@ def rank_test(
     *,
     behaviour: Objective | Judge,
     push: str = "ablate",
+    form: str = "hooks",
     ks: Sequence[int] = (0, 1, 2, 4, 8),
     unrelated: PromptsLike | None = None,
     everywhere: bool = True,
@@ -145,6 +149,8 @@ def rank_test(
         rows: one row for each prompt of another set, or a single vector; see `paired_differences`.
         behaviour: an Objective, or a judge of completions, which are then generated greedily.
         push: "ablate" or "add".
+        form: "hooks", or "weights": each cell is a copy of the model with the same push in its weights, which gives the
+            same numbers where there is such a copy; see `Ablate.to_weights` and `Add.to_weights`.
         ks: numbers of directions; 0 for no intervention.
         unrelated: texts without the behaviour, on which side effects are measured; None leaves them out. Their
             unsteered log-probabilities are kept: d_vocab numbers for each token.
@@ -159,14 +165,18 @@ def rank_test(
 
     Returns:
         `behaviour` [subspace, k, prompt]: the objective, or 1 where the judge says yes; and with `unrelated`
-        `cross_entropy` (its rise over the unsteered run, of all but a text's first token) and `kl` (from the unsteered
-        run, mean over tokens), both in nats a token, [subspace, k, text]. `subspace` is "found", "random 0", ...
+        `cross_entropy` (its rise over the unsteered run, of what `TeacherForcedCE(first=0)` reads: completions, or of
+        texts without any all but the first token) and `kl` (from the unsteered run, mean over the tokens that predict
+        these), both in nats a token, [subspace, k, text]. `subspace` is "found", "random 0", ... The 95 % bootstrap
+        interval of each mean over prompts or texts is `behaviour_low`, `behaviour_high`, ... [subspace, k].
 
     Raises:
-        MechsteerError: an unknown push, too many directions, or prompts and interventions that do not fit the model.
+        MechsteerError: an unknown push or form, too many directions, numbers that are not finite, prompts and
+            interventions that do not fit the model, or a push that no edit of the weights equals.
     """
     began = time.perf_counter()
     one_of("push", push, PUSHES)
+    one_of("form", form, FORMS)
     rows.check_fits(model)
     counts = list(dict.fromkeys(ks))
     if not counts or min(counts) < 0 or n_random < 0:
@@ -188,14 +198,26 @@ def rank_test(
         return [Add(Direction(vector.to(rows.vectors), rows.site, rows.model, {"method": "rank_test"}), alpha, at=at)]
 
     axes = {"subspace": list(bases), "k": counts}
-    if isinstance(behaviour, Objective):
-        data = sweep(model, given, axes=axes, build=build, measure={"behaviour": behaviour}, progress=progress).data
+    texts = None if unrelated is None else _Texts.of(model, unrelated)
+
+    def measured(on: Model, axes: Mapping[str, list], build: Build, progress: bool) -> xr.Dataset:
+        if isinstance(behaviour, Objective):
+            named = {"behaviour": behaviour}
+            data = sweep(on, given, axes=axes, build=build, measure=named, progress=progress).data
+            check_finite(data["behaviour"], repr(behaviour))
+        else:
+            data = _judged(on, given, axes, build, behaviour, max_new_tokens, progress)
+        return data if texts is None else data.merge(texts.measured(on, axes, build, progress))
+
+    if form == "hooks":
+        data = measured(model, axes, build, progress)
     else:
-        data = _judged(model, given, axes, build, behaviour, max_new_tokens, progress)
-    if unrelated is not None:
-        data = data.merge(_side_effects(model, model.prompts(unrelated), axes, build, progress))
+        data = _of_weights(model, axes, build, measured, progress)
+    data = with_intervals(data, ["behaviour"], seed=seed)
+    if texts is not None:
+        data = with_intervals(data, ["cross_entropy", "kl"], over="text", seed=seed)
     about = {
-        "push": push, "everywhere": everywhere and push == "ablate", "at": repr(at), "alpha": alpha,
+        "push": push, "form": form, "everywhere": everywhere and push == "ablate", "at": repr(at), "alpha": alpha,
         "behaviour": repr(behaviour) if isinstance(behaviour, Objective) else getattr(behaviour, "__name__", "judge"),
         "site": str(rows.site), "rows": dict(rows.origin), "max_new_tokens": max_new_tokens,
     }  # fmt: skip
@@ -241,6 +263,29 @@ def _bases(rows: Direction, most: int, n_random: int, seed: int) -> dict[str, Fl
 Build = Callable[[str, int], list[Intervention]]
 
 
+def _of_weights(
+    model: Model,
+    axes: Mapping[str, list],
+    build: Build,
+    measured: Callable[[Model, Mapping[str, list], Build, bool], xr.Dataset],
+    progress: bool,
+) -> xr.Dataset:
+    """The same cells, each measured on a copy of the model that holds the push in its weights, one copy at a time."""
+    columns: list[xr.Dataset] = []
+    with bar("edited models", len(axes["subspace"]) * len(axes["k"]), show=progress) as shown:
+        for subspace in axes["subspace"]:
+            cells: list[xr.Dataset] = []
+            for k in axes["k"]:
+                edited = model
+                for each in build(subspace, k):
+                    assert isinstance(each, Ablate | Add)
+                    edited = each.to_weights(edited)
+                cells.append(measured(edited, {"subspace": [subspace], "k": [k]}, lambda subspace, k: [], False))
+                shown.advance()
+            columns.append(xr.concat(cells, "k"))
+    return xr.concat(columns, "subspace")
+
+
 def _judged(
     model: Model, prompts: Prompts, axes: Mapping[str, list], build: Build, judge: Judge, n_new: int, progress: bool
 ) -> xr.Dataset:
@@ -254,19 +299,31 @@ def _judged(
                     done = model.generate(
                         prompts, interventions=build(subspace, k), max_new_tokens=n_new, progress=False
                     )
-                    values[i, j] = [bool(judge(text)) for text in done.completions]
+                    values[i, j] = [float(judge(text)) for text in done.completions]
                 shown.advance(len(prompts))
     names = list(prompts.labels) if prompts.labels else np.arange(len(prompts))
-    return xr.Dataset({"behaviour": (("subspace", "k", "prompt"), values)}, {**axes, "prompt": names})
+    data = xr.Dataset({"behaviour": (("subspace", "k", "prompt"), values)}, {**axes, "prompt": names})
+    check_finite(data["behaviour"], getattr(judge, "__name__", "The judge"))
+    return data
 
 
-def _side_effects(model: Model, texts: Prompts, axes: Mapping[str, list], build: Build, progress: bool) -> xr.Dataset:
-    right = texts.padded("right")
-    measure = TeacherForcedCE(first=0, span="all")
-    unsteered = model.run(right)
-    divergence = KLFromBaseline(unsteered, where="all")
-    before = measure(unsteered).double().cpu().numpy()
-    found = sweep(
-        model, right, axes=axes, build=build, measure={"cross_entropy": measure, "kl": divergence}, progress=progress
-    ).data.rename(prompt="text")
-    return found.assign(cross_entropy=found["cross_entropy"] - before)
+class _Texts:
+    """Unrelated texts, and what the model makes of them without a push."""
+
+    def __init__(self, texts: Prompts, span: str, unsteered: Run) -> None:
+        self.texts = texts
+        self.measures = {
+            "cross_entropy": TeacherForcedCE(first=0, span=span), "kl": KLFromBaseline(unsteered, where=span),
+        }  # fmt: skip
+        self.before = self.measures["cross_entropy"](unsteered).double().cpu().numpy()
+
+    @staticmethod
+    def of(model: Model, texts: PromptsLike) -> "_Texts":
+        right = model.prompts(texts).padded("right")
+        span = "completion" if bool(right.span("completion").any(1).all()) else "all"
+        return _Texts(right, span, model.run(right))
+
+    def measured(self, model: Model, axes: Mapping[str, list], build: Build, progress: bool) -> xr.Dataset:
+        found = sweep(model, self.texts, axes=axes, build=build, measure=self.measures, progress=progress).data
+        found = found.rename(prompt="text")
+        return found.assign(cross_entropy=found["cross_entropy"] - self.before)

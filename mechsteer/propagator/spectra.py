@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsteer.errors import MechsteerError
+
 _Product = Callable[[Tensor], Tensor]
 # Probes of the error estimate; it fails with a probability of 10 ** -_PROBES.
 _PROBES = 6
@@ -32,6 +34,15 @@ class Estimate(NamedTuple):
 
     value: Float[Tensor, " batch"]
     stderr: Float[Tensor, " batch"]
+
+
+def check_probes(probes: int | None) -> None:
+    """
+    Raises:
+        MechsteerError: there are too few for a standard error.
+    """
+    if probes is not None and probes < 2:
+        raise MechsteerError(f"probes={probes} give no standard error. Pass 2 or more, or None.")
 
 
 def normal(shape: tuple[int, ...], like: Tensor, seed: int) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 from jaxtyping import Float
+from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 from mechsteer.interventions import SoftPrefix
@@ -14,16 +15,9 @@ from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.objectives.base import one_of
 from mechsteer.prompts import Prompts
-from mechsteer.propagator.gap import (
-    Filler,
-    allowed_tokens,
-    check_ids,
-    cosines,
-    embeddings,
-    gap_gradient,
-    insert,
-    token_texts,
-)
+from mechsteer.propagator.gap import cosines, gap_gradient
+from mechsteer.propagator.intervals import check_finite
+from mechsteer.propagator.vocabulary import Filler, allowed_tokens, check_ids, embeddings, insert, token_texts
 from mechsteer.result import Result, provenance
 from mechsteer.sweeps import sweep
 
@@ -73,6 +67,7 @@ def search_tokens(
     by: str = "cosine",
     beam: int = 4,
     candidates: Iterable[int] | None = None,
+    preselect: int | None = None,
     forbidden: Iterable[int | str] = (),
     filler: Filler = None,
     progress: bool = True,
@@ -89,12 +84,17 @@ def search_tokens(
     - "sorted": the forward-only search of the later paper (arXiv:2506.24056): every candidate alone by the exact
       objective, sorted, added one by one in this order.
 
+    With `preselect`, "greedy", "beam" and "sorted" measure that many candidates of each slot instead of all: those that
+    the gradient g at the slot, where the filler f stands, puts first by <g, E(t) - f>, the first-order change of the
+    mean over prompts (the candidates of Wallace et al. 2019, "Universal adversarial triggers"). Exact values then
+    decide among these.
+
     Candidates are measured through `sweep`: keys and values of what stands before the slot are computed once.
 
     Args:
         model: what to run.
         prompts: what the tokens are put into; see `insert`.
-        measure: what to raise; `-gap` lowers a gap. Only "projection" needs its gradient.
+        measure: what to raise; `-gap` lowers a gap. "projection" and `preselect` need its gradient.
         method: see above.
         n_tokens: at most this many.
         until: stop when the objective is at least this on every prompt, such as 0.0 for a closed gap; None goes on to
@@ -103,8 +103,9 @@ def search_tokens(
         by: of "projection": "cosine" or "inner_product".
         beam: sequences kept by "beam".
         candidates: ids to choose from; None for all of `allowed_tokens`.
+        preselect: candidates of each slot that are measured; None for all. It needs the objective's gradient.
         forbidden: see `allowed_tokens`; special tokens always are, also among `candidates`.
-        filler: what stands in the slots of "projection"; see `gap_gradient`.
+        filler: what stands in slots where the gradient is taken; see `gap_gradient`.
         progress: show a bar on standard error for what takes longer than two seconds.
 
     Raises:
@@ -113,8 +114,8 @@ def search_tokens(
     began = time.perf_counter()
     one_of("method", method, METHODS)
     one_of("by", by, ("cosine", "inner_product"))
-    for name, value in (("n_tokens", n_tokens), ("beam", beam)):
-        if value < 1:
+    for name, value in (("n_tokens", n_tokens), ("beam", beam), ("preselect", preselect)):
+        if value is not None and value < 1:
             raise MechsteerError(f"{name}={value} is none. Pass at least 1.")
     allowed = allowed_tokens(model, forbidden=forbidden)
     if candidates is not None:
@@ -125,7 +126,15 @@ def search_tokens(
             raise MechsteerError(
                 f"All {len(asked)} candidates are forbidden or special tokens. Pass other candidates, or forbid fewer."
             )
-    scores = _Scores(model, model.prompts(prompts), measure, where, progress)
+    scores = _Scores(model, model.prompts(prompts), measure, where, filler, progress)
+
+    def few(ids: tuple[int, ...]) -> list[int]:
+        """The candidates that are measured after these ids."""
+        if preselect is None or preselect >= len(allowed):
+            return allowed
+        first_order = scores.table[allowed].double() @ scores.gradients(ids, 1)[0]
+        best = first_order.argsort(descending=True, stable=True)[:preselect].tolist()
+        return sorted(allowed[each] for each in best)
 
     def closed(gap: np.ndarray) -> bool:
         return until is not None and bool((gap >= until).all())
@@ -134,13 +143,14 @@ def search_tokens(
     if closed(found.gaps[0]):
         pass
     elif method in ("greedy", "beam"):
-        found = _beam(scores, found, allowed, n_tokens, beam if method == "beam" else 1, closed)
+        found = _beam(scores, found, few, n_tokens, beam if method == "beam" else 1, closed)
     else:
         if method == "sorted":
-            means = scores.extended((), allowed).mean(1)
-            order = [allowed[index] for index in np.argsort(-means, kind="stable")[:n_tokens]]
+            tried = few(())
+            means = scores.extended((), tried).mean(1)
+            order = [tried[index] for index in np.argsort(-means, kind="stable")[:n_tokens]]
         else:
-            order = _projected(scores, allowed, n_tokens, by, filler)
+            order = _projected(scores, allowed, n_tokens, by)
         for token in order:
             ids = (*found.ids, token)
             found = _Found(ids, [*found.gaps, scores.of(ids)])
@@ -160,8 +170,11 @@ class _Found:
 class _Scores:
     """The exact objective of prompts with tokens put in, and how often it was asked for."""
 
-    def __init__(self, model: Model, prompts: Prompts, measure: Objective, where: str, progress: bool) -> None:
+    def __init__(
+        self, model: Model, prompts: Prompts, measure: Objective, where: str, filler: Filler, progress: bool
+    ) -> None:
         self.model, self.prompts, self.where, self.progress = model, prompts, where, progress
+        self.filler = filler
         self.measure = measure.named("value")
         self.table = embeddings(model)
         self.forward_passes = 0
@@ -181,42 +194,50 @@ class _Scores:
         )  # fmt: skip
         return self._checked(swept)
 
+    def gradients(self, ids: Sequence[int], slots: int) -> Float[Tensor, "slot d_model"]:
+        """Of the mean over prompts at slots after these ids, where the filler stands."""
+        slotted = insert(self.prompts, ids, where=self.where, slots=slots)
+        found = gap_gradient(self.model, slotted, measure=self.measure, filler=self.filler, progress=self.progress)
+        self.forward_passes += len(slotted)
+        return found.slots.mean(0).double()
+
     def _checked(self, swept: Result) -> Float[np.ndarray, "cell prompt"]:
         values = swept.data["value"].values
         self.forward_passes += values.size
-        if not np.isfinite(values).all():
-            raise MechsteerError(
-                f"{self.measure!r} is NaN or infinite on prompt {int((~np.isfinite(values)).any(0).argmax())}. "
-                "Choose an objective that is finite there."
-            )
+        check_finite(swept.data["value"], repr(self.measure))
         return values
 
 
 def _beam(
-    scores: _Scores, start: _Found, allowed: Sequence[int], n_tokens: int, size: int, closed: Callable[..., bool]
+    scores: _Scores,
+    start: _Found,
+    few: Callable[[tuple[int, ...]], list[int]],
+    n_tokens: int,
+    size: int,
+    closed: Callable[..., bool],
 ) -> _Found:
     kept = [start]
     for _ in range(n_tokens):
-        gaps = np.stack([scores.extended(each.ids, allowed) for each in kept])  # [kept, candidate, prompt]
-        best = np.argsort(-gaps.mean(2).ravel(), kind="stable")[:size]
-        kept = [
-            _Found((*kept[row].ids, allowed[column]), [*kept[row].gaps, gaps[row, column]])
-            for row, column in (divmod(int(index), len(allowed)) for index in best)
+        tried = [few(each.ids) for each in kept]
+        gaps = [scores.extended(each.ids, tokens) for each, tokens in zip(kept, tried, strict=True)]
+        longer = [
+            _Found((*each.ids, token), [*each.gaps, gap])
+            for each, tokens, found in zip(kept, tried, gaps, strict=True)
+            for token, gap in zip(tokens, found, strict=True)
         ]
+        best = np.argsort([-each.gaps[-1].mean() for each in longer], kind="stable")[:size]
+        kept = [longer[index] for index in best]
         done = [each for each in kept if closed(each.gaps[-1])]
         if done:
             return done[0]
     return kept[0]
 
 
-def _projected(scores: _Scores, allowed: Sequence[int], n_tokens: int, by: str, filler: Filler) -> list[int]:
-    slotted = insert(scores.prompts, where=scores.where, slots=n_tokens)
-    gradient = gap_gradient(scores.model, slotted, measure=scores.measure, filler=filler, progress=scores.progress)
-    scores.forward_passes += len(slotted)
-    table = scores.table[list(allowed)].to(gradient.gradient)
+def _projected(scores: _Scores, allowed: Sequence[int], n_tokens: int, by: str) -> list[int]:
+    table = scores.table[list(allowed)].double()
     return [
         allowed[int((cosines(table, target) if by == "cosine" else table @ target).argmax())]
-        for target in gradient.slots.mean(0)
+        for target in scores.gradients((), n_tokens)
     ]
 
 

@@ -69,7 +69,7 @@ def test_requests_whose_completions_agree_have_no_fork(case: Case) -> None:
     same = deepcopy(case)
     same.__dict__["_completed"] = (case.reference, case.prefixed.with_completions(completion_ids(case.reference)))
     assert forks(same, same.rows("all")) is None
-    with pytest.raises(MechsteerError, match="Fewer than 3 completions of each half part"):
+    with pytest.raises(MechsteerError, match="Fewer than 2 completions of each half part"):
         CHAPTER.measure(same)
 
 
@@ -120,6 +120,34 @@ def test_predictions_are_finite_differences(case: Case, findings: Findings) -> N
             gaps.append(float(logits[one] - logits[other]))
         expected = (gaps[0] - gaps[1]) / 2e-2
         assert float(pushes[name].sel(layer=3)[0]) == pytest.approx(expected, abs=0.02)
+
+
+def test_the_prediction_is_a_tenth_off_at_the_radius(case: Case, findings: Findings) -> None:
+    model, entry, site = case.model, findings.summary["entry"], ms.Site("resid_pre", findings.summary["entry"])
+    regime = findings.summary["regime"]
+    at = regime["layers"].index(entry)
+    assert regime["prefix"][at]["censored"] == 0
+    search, held = (forks(case, case.rows(split)) for split in ("search", "held-out"))
+    assert search is not None and held is not None
+
+    def stream(prompts: ms.Prompts) -> torch.Tensor:
+        run = model.run(prompts, record=site)
+        return run.activations[site][run.prompts.at(-1)]
+
+    mean = (stream(search.prefixed) - stream(search.plain)).mean(0)
+    here = stream(held.plain)
+    norm = float(findings.results["regime"]["norm"].sel(layer=entry))
+    assert norm == pytest.approx(float(here.norm(dim=-1).mean()), rel=1e-3)
+    assert regime["length"][at] == pytest.approx(float(mean.norm()) / norm, rel=1e-3)
+
+    def gap(length: float) -> torch.Tensor:
+        edit = ms.Replace(site, here + length * norm * mean / mean.norm(), at=-1)
+        return held.gap(model.run(held.plain, [edit], logits="last")).double()
+
+    radius, step = regime["prefix"][at]["value"], 1e-3
+    predicted = (gap(step) - gap(-step)) / (2 * step) * radius
+    off = float((gap(radius) - gap(0.0) - predicted).norm() / predicted.norm())
+    assert 0.05 < off < 0.2  # the radius is interpolated between sizes
 
 
 def test_rank_keeps_only_the_fitted_directions(case: Case, findings: Findings) -> None:
@@ -173,7 +201,7 @@ def test_the_report_says_what_was_measured(findings: Findings) -> None:
     assert "is not an identity propagator" in text
     blocks = show(findings)
     assert isinstance(blocks[0], Paragraph) and blocks[0].text == text
-    assert sum(isinstance(block, Figure) for block in blocks) == 7
+    assert sum(isinstance(block, Figure) for block in blocks) == 8
     rank = next(block.text for block in blocks if isinstance(block, Paragraph) and "directions hold 90 %" in block.text)
     assert f"{100 * summary['rank']['found'][0]['value']:.0f} % of the gap's change" in rank
 

@@ -24,6 +24,7 @@ from mechsteer.propagator.gap import (
 )
 from mechsteer.propagator.prompt_vector import prompt_vector, replacement_loss, tokens_like
 from mechsteer.propagator.token_search import search_tokens
+from mechsteer.result import bootstrap_ci
 from mechsteer.site import Site
 
 # A bridge says that it computes norms by another formula where hooks hold them.
@@ -162,7 +163,7 @@ def test_nearest_tokens_are_those_of_a_loop(precise: Load, by: str) -> None:
 def test_linear_prediction_against_runs_by_hand(precise: Load, backend: str) -> None:
     model = precise("llama", backend)
     prompts, candidates = some(model), [[5, 30], [44, 11], [63, 90], [5, 30]]
-    found = linear_prediction(model, prompts, candidates, measure=GAP, filler=17, patterns=True, progress=False)
+    found = linear_prediction(model, prompts, candidates, measure=GAP, filler=17, patterns="layers", progress=False)
     assert found["token"].values.tolist() == ["5 30", "44 11", "63 90"]
     plain, fillers, table = plainly(model, prompts), plainly(model, prompts, [17, 17]), embeddings(model)
     slotted = insert(prompts, slots=2)
@@ -182,11 +183,39 @@ def test_linear_prediction_against_runs_by_hand(precise: Load, backend: str) -> 
         close(found["predicted"][index], (up - down) / (2 * step), 1e-6 if backend == "hooked_transformer" else 1e-3)
         kept = GAP(model.run(slotted, [soft[2], *fixed], logits="last")).numpy()
         close(found["fixed_patterns"][index], kept - fillers, tolerance)
+        for layer in range(model.n_layers):
+            one = GAP(model.run(slotted, [soft[2], fixed[layer]], logits="last")).numpy()
+            close(found["fixed_layer"].sel(layer=layer)[index], one - fillers, tolerance)
     rest = (found["true"] - found["fixed_patterns"]).values
     assert np.abs(rest).max() > 1e-3
     for name, first, second in (("correlation", "true", "predicted"), ("correlation_as_sum", "inserted", "as_sum")):
         each = [np.corrcoef(found[first].values[:, row], found[second].values[:, row])[0, 1] for row in range(2)]
         close(found[name], each, 1e-9)
+    for name, first, second in (("explained", "true", "predicted"), ("explained_as_sum", "inserted", "as_sum")):
+        each = [1 - sum((t - p) ** 2 for t, p in pairs) / sum(t**2 for t, _ in pairs) for pairs in (
+            list(zip(found[first].values[:, row], found[second].values[:, row], strict=True)) for row in range(2)
+        )]  # fmt: skip
+        close(found[name], each, 1e-9)
+    true = found["true"].values
+    slopes = [np.linalg.lstsq(true[:, [row]], rest[:, row], rcond=None)[0][0] for row in range(2)]
+    close(found["attention_share"], slopes, 1e-9)
+    moved = true - found["fixed_layer"].values
+    close(found["attention_share_layer"], (moved * true).sum(1) / (true**2).sum(0), 1e-9)
+    for name in ("correlation", "explained", "attention_share"):
+        ends = [float(found[f"{name}_{end}"]) for end in ("low", "high")]
+        close(ends, [float(found[name].min()), float(found[name].max())], 1e-9)  # two prompts: one, or the other twice
+
+
+def test_intervals_of_the_prediction_cover_its_mean_over_prompts(precise: Load) -> None:
+    model = precise("llama")
+    found = linear_prediction(model, some(model, (12, 9, 7, 10)), FEW, measure=GAP, patterns=True)
+    for name in ("correlation", "correlation_as_sum", "explained", "explained_as_sum", "attention_share"):
+        low, high = bootstrap_ci(found[name].values, seed=0)
+        close([found[f"{name}_low"], found[f"{name}_high"]], [low, high], 1e-9)
+        assert low < float(found[name].mean()) < high
+    near = embeddings(model)[30] + 1e-4 * noise(model.d_model).double()
+    exact = linear_prediction(model, some(model), [30, 30], measure=GAP, filler=near, patterns=True)
+    assert float(exact["explained"].min()) > 0.9999 and bool(np.isnan(exact["correlation"]).all())
 
 
 def test_prediction_is_exact_for_small_steps_and_not_for_large_ones(precise: Load) -> None:
@@ -321,6 +350,12 @@ def test_replacement_against_runs_by_hand(precise: Load, name: str) -> None:
                 close(got["kl"][row], (p.exp() * (p - q)).sum())
     last = found.sel(vector="own", layer=model.n_layers - 1)
     close(last["gap"], found["gap_tokens"])
+    close(found["loss"], (found["gap_tokens"] - found["gap"]).transpose(*found["loss"].dims))
+    for name in ("loss", "gap", "kl", "kl_plain", "cosine"):
+        axis = found[name].dims.index("prompt")
+        low, high = bootstrap_ci(np.moveaxis(found[name].values, axis, 0).astype(float), seed=0)
+        close(found[f"{name}_low"], low)
+        close(found[f"{name}_high"], high)
     assert float(last["kl"].max()) < 1e-6 < float(found["kl_plain"].min())
 
 
@@ -397,6 +432,10 @@ def test_errors_say_what_to_do(precise: Load) -> None:
         (lambda: nearest_tokens(model, vector.direction(0)), "Pass one at the embeddings"),
         (lambda: linear_prediction(model, prompts, [], measure=GAP), "candidates have no tokens"),
         (lambda: linear_prediction(model, prompts, [[5], [5, 6]], measure=GAP), "candidates have 1 or 2 tokens"),
+        (lambda: linear_prediction(model, prompts, [5], measure=Broken()), "is NaN or infinite on prompt 0"),
+        (lambda: linear_prediction(model, prompts, [5], measure=Flat()), "has no gradient at the embeddings"),
+        (lambda: linear_prediction(model, prompts, [5], measure=GAP, patterns="heads"), "patterns got 'heads'"),
+        (lambda: replacement_loss(model, prompts, vector, measure=Broken()), "is NaN or infinite on prompt 0"),
         (lambda: linear_prediction(model, prompts, [500], measure=GAP), "token id 500 is none of"),
         (lambda: allowed_tokens(model, forbidden=range(zoo.D_VOCAB)), "forbidden= leaves none of the"),
         (lambda: search_tokens(model, prompts, measure=GAP, method="magic"), "method got 'magic'"),

@@ -232,6 +232,21 @@ def test_intervals_that_are_known_are_shown() -> None:
     assert maps.data[0].hovertext[0][1].endswith("mean: 1<br>95 % interval from: 0<br>to: 2")
 
 
+def test_an_interval_goes_by_the_name_of_its_array() -> None:
+    arrays = {f"radius{end}": ("layer", np.arange(3.0) + shift) for end, shift in (("", 0), ("_low", -1), ("_high", 1))}
+    below, above, line = drawn(Result(xr.Dataset(arrays)).plot("radius"), go.Scatter)
+    np.testing.assert_array_equal(
+        [below.y, line.y, above.y], [arrays[f"radius{end}"][1] for end in ("_low", "", "_high")]
+    )
+
+
+@pytest.mark.parametrize(("first", "kind"), [(0.1, "log"), (0.0, None)])
+def test_an_axis_is_logarithmic_where_its_numbers_can_be(first: float, kind: str | None) -> None:
+    alpha = xr.DataArray([first, 1.0, 10.0], dims="alpha", attrs={"scale": "log"})
+    figure = Result(xr.Dataset({"off": ("alpha", np.arange(3.0))}, {"alpha": alpha})).plot("off")
+    assert figure.layout.xaxis.type == kind
+
+
 def test_names_and_units_are_those_of_the_attrs() -> None:
     data = gaps(prompt=3, alpha=4).data
     data["gap"].attrs.update(long_name="logit <gap>", units="nats")
@@ -291,6 +306,16 @@ def test_what_has_no_place_against_another() -> None:
         Result(data).plot("a", against="a", colour="a")
 
 
+def test_lines_of_a_kind_share_a_colour() -> None:
+    result = gaps(alpha=61, layer=3)
+    kinds = Result(result.data.assign_coords(kind=("layer", ["<b>", "deep", "<b>"])))
+    first, second, third = drawn(kinds.plot(colour="kind"), go.Scatter)
+    assert first.line.color == third.line.color != second.line.color
+    assert first.line.dash == second.line.dash != third.line.dash
+    assert [each.name for each in (first, second)] == ["layer=0, &lt;b&gt;", "layer=1, deep"]
+    assert first.mode == "lines" and gaps(alpha=60).plot().data[0].mode == "lines+markers"
+
+
 # --- what is refused ---
 
 
@@ -322,8 +347,10 @@ def test_what_cannot_be_drawn() -> None:
         gaps(layer=2).plot(limit=2.0)
     with pytest.raises(MechsteerError, match=r"marks='matters' is for heat maps, and 'gap' is drawn otherwise"):
         gaps(layer=2, alpha=3).plot(marks="matters")
-    with pytest.raises(MechsteerError, match=r"colour='layer' is for points, which against= draws, and 'gap' is drawn"):
+    with pytest.raises(MechsteerError, match=r"colour='layer' is for lines, and for points, which against= draws, and"):
         gaps(layer=2, pos=3).plot(colour="layer")
+    with pytest.raises(MechsteerError, match=r"colour='alpha' has alpha, and 'gap' has a line for each layer. Pass a"):
+        gaps(layer=2, alpha=3).plot(colour="alpha")
 
 
 # --- looks ---

@@ -1,15 +1,20 @@
 """The propagator against finite differences, PyTorch's own Jacobian, and the laws of linear maps."""
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import zoo
 
 import mechsteer as ms
+from mechsteer.propagator.dyson import dyson
+from mechsteer.propagator.identity import split
 from mechsteer.propagator.operator import LinearOperator, Propagator
+from mechsteer.propagator.spectra import signs
 
 SOURCE, TARGET = ("resid_mid", 0), ("resid_pre", 2)
 
@@ -97,6 +102,23 @@ def test_products_are_finite_differences_on_the_zoo(
         step, tolerance = (1e-5, 1e-6) if backend == "hooked_transformer" else (3e-3, 3e-3)
         close(Jv[0], differences(run, v[0], step), tolerance)
         close((Jv * u).sum(-1), (v * JTu).sum(-1), 1e-5 if backend == "bridge" and hooks else 1e-10)
+
+
+@pytest.mark.parametrize("hooks", [False, True])
+def test_products_are_those_of_forward_mode(architecture: str, hooks: bool, wide: Callable[..., ms.Model]) -> None:
+    """The twin of `mv`: PyTorch's forward mode through TransformerLens's forward pass."""
+    model, prompts = wide(architecture), ragged()
+    last = prompts.lengths - 1
+    v = vectors(4, 3, 32)
+    for source, target, at in [(SOURCE, TARGET, last), ("embed", "logits", torch.tensor([3, 0, 8]))]:
+        J = Propagator(model, prompts, source, target, source_pos=at, hooks=hooks)
+        run = reached(model, prompts, source, target, at, last)
+
+        def pushed_along(tangent: torch.Tensor, run: Any = run) -> torch.Tensor:
+            return torch.func.jvp(run, (torch.zeros(3, 32, dtype=torch.float64),), (tangent,))[1]
+
+        with torch.no_grad():
+            close(J.mv(v), torch.func.vmap(pushed_along)(v), 1e-10)
 
 
 @pytest.mark.parametrize("backend", ["hooked_transformer", "bridge"])
@@ -214,6 +236,87 @@ def test_trace_and_norm_are_exact_or_within_their_standard_errors(wide: Callable
     assert (spread / claimed > 0.7).all() and (spread / claimed < 1.4).all()
 
 
+@pytest.mark.parametrize(("source", "target", "pos"), [(SOURCE, TARGET, None), ("embed", ("resid_post", 2), 4)])
+def test_the_identity_share_of_one_operator(
+    source: Any, target: Any, pos: int | None, wide: Callable[..., ms.Model]
+) -> None:
+    J = Propagator(wide("gemma3"), ragged(), source, target, source_pos=pos, target_pos=pos)
+    dense, v, eye = J.dense(), vectors(3, 32), torch.eye(32, dtype=torch.float64)
+    share = J.identity_share(vectors={"v": v}, spectrum=5, random=300)
+    c = dense.diagonal(dim1=1, dim2=2).mean(1)
+    rest, norm = dense - c[:, None, None] * eye, torch.linalg.matrix_norm(dense)
+    expected = {"c": c, "norm": norm / 32**0.5, "rest": torch.linalg.matrix_norm(rest) / norm}
+    expected["spectrum"] = torch.linalg.svdvals(rest)[:, :5].T
+    expected["cos"] = torch.cosine_similarity(torch.einsum("bts,bs->bt", dense, v), v, dim=-1)[None]
+    for name, value in expected.items():
+        np.testing.assert_allclose(share[name].values, value, rtol=1e-9)
+    assert not any(share[f"{name}_stderr"].values.any() for name in ("c", "rest", "norm"))
+    assert float(abs(share["cos_random"] - share["c"] / share["norm"]).max()) < 0.1
+    # Without whole matrices.
+    about = J.identity_share(probes=200, spectrum=5)
+    for name in ("c", "rest", "norm"):
+        error = abs(about[name] - share[name])
+        assert ((error > 0) & (error < 4 * about[f"{name}_stderr"])).all()
+    np.testing.assert_allclose(about["spectrum"], share["spectrum"], rtol=0.1)
+    same = J.identity_share(vectors={"v": v}, probes=2)
+    np.testing.assert_allclose(same["cos"], share["cos"], rtol=1e-9)
+
+
+def test_standard_errors_of_the_share_are_the_spread_over_seeds() -> None:
+    J = vectors(2, 32, 32) / 8 + torch.eye(32)
+    exact = share_parts(32**0.5 * torch.eye(32, dtype=torch.float64)[:, None].expand(32, 2, 32), J)
+    c = J.diagonal(dim1=1, dim2=2).mean(1)
+    close(exact["c"], c, 1e-12)
+    rest = torch.linalg.matrix_norm(J - c[:, None, None] * torch.eye(32)) / torch.linalg.matrix_norm(J)
+    close(exact["rest"], rest, 1e-12)
+    drawn = [share_parts(signs((24, 2, 32), J, seed), J) for seed in range(300)]
+    for name in ("c", "rest", "norm"):
+        errors = torch.stack([each[name] - exact[name] for each in drawn])
+        claimed = torch.stack([each[f"{name}_stderr"] for each in drawn]).mean(0)
+        assert (errors.mean(0).abs() < claimed / 2).all()
+        assert ((errors.std(0) / claimed - 1).abs() < 0.2).all(), name
+
+
+def share_parts(z: torch.Tensor, J: torch.Tensor) -> dict[str, torch.Tensor]:
+    return split(z, torch.einsum("bts,nbs->nbt", J, z))
+
+
+def test_the_dyson_series_of_one_operator(wide: Callable[..., ms.Model]) -> None:
+    model, v = wide("gemma2"), vectors(3, 32)
+
+    def at(source: Any, target: Any, **options: Any) -> Propagator:
+        return Propagator(model, ragged(), source, target, source_pos=5, target_pos=5, **options)
+
+    whole = dyson(model, ragged(), vectors={"v": v}, layers=1, random=1, pos=5)
+    series = at(("resid_pre", 1), ("resid_post", 2)).dyson(vectors={"v": v}, random=1)
+    for name in ("share", "size", "missing"):
+        np.testing.assert_allclose(series[name], whole[name].sel(layer=1), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(series["arrives"], whole["arrives"].sel(layer=1), rtol=1e-9)
+    # From within a block to within a later one: by listed paths.
+    for unit, hooks, places in [
+        ("block", False, [("resid_mid", 0), ("resid_pre", 1), ("resid_pre", 2), ("resid_mid", 2)]),
+        ("half", True, ["embed", ("resid_mid", 0), ("resid_pre", 1), ("resid_mid", 1)]),
+        ("half", False, ["embed", ("resid_mid", 0), ("resid_pre", 1), ("resid_mid", 1)]),
+        ("block", False, ["embed", ("resid_pre", 0)]),
+    ]:
+        eye = torch.eye(32, dtype=torch.float64)
+        added = [at(*pair, hooks=True).dense() - eye for pair in itertools.pairwise(places)]
+        terms = torch.zeros(len(places), 3, 32, dtype=torch.float64)
+        for passed in itertools.product([False, True], repeat=len(added)):
+            moved = v
+            for through, step in zip(passed, added, strict=True):
+                moved = torch.einsum("bts,bs->bt", step, moved) if through else moved
+            terms[sum(passed)] += moved
+        J = at(places[0], places[-1], hooks=hooks)
+        found, arrived = J.dyson(vectors={"v": v}, random=0, unit=unit), J.mv(v)
+        size = arrived.norm(dim=-1)
+        assert found["share"].dims == ("order", "vector", "prompt") and found["share"].shape == (len(places), 1, 3)
+        close(torch.from_numpy(found["share"].values[:, 0]), (terms * arrived).sum(-1) / size**2, 1e-9)
+        close(torch.from_numpy(found["size"].values[:, 0]), terms.norm(dim=-1) / size, 1e-9)
+        assert float(found["missing"].isel(order=-1).max()) < 1e-9
+    np.testing.assert_allclose(at(SOURCE, SOURCE).dyson()["share"], np.ones((1, 8, 3)))
+
+
 def test_the_model_and_its_padding_are_left_alone(zoo_models: Callable[..., ms.Model]) -> None:
     model, prompts = zoo_models("llama"), ragged()
     left = prompts.padded("left")
@@ -267,6 +370,24 @@ def test_errors_say_what_to_do(wide: Callable[..., ms.Model]) -> None:
         J.trace(probes=1)
     with pytest.raises(ms.MechsteerError, match="trace needs a square map, and this one is 128 x 32"):
         Propagator(model, prompts, SOURCE, "logits").trace()
+    with pytest.raises(
+        ms.MechsteerError, match="no share of the identity: it leads to 128 numbers, and the stream has"
+    ):
+        Propagator(model, prompts, SOURCE, "logits").identity_share()
+    with pytest.raises(ms.MechsteerError, match="random=0 and spectrum=16: pass at least 1 of each"):
+        J.identity_share(random=0)
+    with pytest.raises(ms.MechsteerError, match="probes=1 give no standard error"):
+        J.identity_share(probes=1)
+    with pytest.raises(ms.MechsteerError, match=r"'v' has shape \[2, 32\]"):
+        J.identity_share(vectors={"v": torch.ones(2, 32)})
+    with pytest.raises(ms.MechsteerError, match="no Dyson series: its target is not on the residual stream"):
+        Propagator(model, prompts, SOURCE, "logits").dyson()
+    with pytest.raises(
+        ms.MechsteerError, match=r"leads from positions \[2, 2, 2\] to \[11, 8, 9\], and the Dyson series"
+    ):
+        Propagator(model, prompts, SOURCE, TARGET, source_pos=2).dyson()
+    with pytest.raises(ms.MechsteerError, match="unit='layer' does not exist"):
+        J.dyson(unit="layer")
     assert repr(J).startswith("Propagator(") and "32 x 32" in repr(J)
 
 

@@ -16,6 +16,7 @@ from mechsteer.pocket.labeller import label
 from mechsteer.pocket.lexicon import LOCKED, SUBJECTS
 from mechsteer.propagator.activation_rows import paired_differences, prompt_gradients, token_rows, whitened
 from mechsteer.propagator.rank import least_rank, principal, rank_test, spectrum
+from mechsteer.result import bootstrap_ci
 
 TEXTS = ["The cat sat on the mat", "Mary and John went to the store", "A dog ran", "Quick zebras jump over foxes"]
 OTHERS = ["The dog ran to the cat", "When", "Talk only about cats", "Give me three ideas for dinner"]
@@ -139,6 +140,10 @@ def test_whitened_rows_cost_the_texts_least(zoo_models: Any) -> None:
     torch.testing.assert_close(cosines, torch.ones_like(cosines), atol=1e-5, rtol=0)
     assert torch.cosine_similarity(turned.vectors, rows.vectors).max() < 0.99
     assert math.isclose(turned.vectors.norm(), rows.vectors.norm(), rel_tol=1e-5)
+    longer = token_rows(model, TEXTS, site=SITE)
+    alike = whitened(rows, [texts, longer], ridge=0.3)
+    repeated = torch.cat([texts.vectors.repeat(len(longer), 1), longer.vectors.repeat(len(texts), 1)])
+    torch.testing.assert_close(alike.vectors, whitened(rows, ms.Direction(repeated, SITE), ridge=0.3).vectors)
     far = whitened(rows, texts, ridge=1e6)
     torch.testing.assert_close(far.vectors, rows.vectors, rtol=1e-3, atol=1e-4)
 
@@ -177,6 +182,52 @@ def test_the_ablation_is_an_edit_of_the_weights(zoo_models: Any) -> None:
     for k in (1, 3):
         edited = ms.Ablate(principal(rows, k), everywhere=True).to_weights(model)
         np.testing.assert_allclose(result.sel(k=k)["behaviour"][0], measure(edited.run(TEXTS)), atol=1e-4)
+
+
+@pytest.mark.parametrize(("push", "architecture"), [("ablate", "llama"), ("ablate", "gpt2"), ("add", "llama")])
+@pytest.mark.parametrize("judged", [False, True])
+def test_the_weights_give_the_numbers_of_the_hooks(zoo_models: Any, push: str, architecture: str, judged: bool) -> None:
+    model = zoo_models(architecture)
+    rows = paired_differences(model, TEXTS, OTHERS, site=SITE)
+    behaviour: Any = (lambda text: len(text) % 7 / 7) if judged else ms.LogitGap(7, 9)
+    both = [
+        rank_test(
+            model, TEXTS, rows, behaviour=behaviour, push=push, form=form, ks=(0, 1, 3), alpha=2.0, unrelated=OTHERS,
+            n_random=1, max_new_tokens=4, progress=False,
+        )
+        for form in ("hooks", "weights")
+    ]  # fmt: skip
+    assert set(both[0].data.data_vars) == set(both[1].data.data_vars)
+    for name in ("behaviour", "cross_entropy", "kl"):
+        assert both[0][name].dims == both[1][name].dims
+        np.testing.assert_allclose(both[1][name], both[0][name], atol=1e-4)
+        for end in ("low", "high"):
+            np.testing.assert_allclose(both[1][f"{name}_{end}"], both[0][f"{name}_{end}"], atol=1e-4)
+        assert np.abs(both[0][name].sel(k=3) - both[0][name].sel(k=0)).max() > 1e-2
+    assert both[1].provenance["options"]["form"] == "weights"
+
+
+def test_means_come_with_their_bootstrap_interval(zoo_models: Any) -> None:
+    model, measure = zoo_models("llama"), ms.LogitGap(7, 9)
+    rows = paired_differences(model, TEXTS, OTHERS, site=SITE)
+    result = rank_test(model, TEXTS, rows, behaviour=measure, ks=(0, 2), unrelated=OTHERS, n_random=1, seed=3)
+    for name, over in (("behaviour", "prompt"), ("cross_entropy", "text"), ("kl", "text")):
+        for subspace in result["subspace"].values:
+            cell = result.sel(subspace=subspace, k=2)
+            low, high = bootstrap_ci(cell[name].values.astype(np.float64), seed=3)
+            np.testing.assert_allclose([cell[f"{name}_low"], cell[f"{name}_high"]], [low, high], rtol=1e-6)
+            assert low < cell[name].mean(over) < high
+
+
+def test_texts_with_completions_are_judged_on_these(zoo_models: Any) -> None:
+    model = zoo_models("llama")
+    rows = paired_differences(model, TEXTS, OTHERS, site=SITE)
+    texts = model.prompts(TEXTS).with_completions(OTHERS)
+    result = rank_test(model, TEXTS, rows, behaviour=ms.LogitGap(7, 9), ks=(1,), unrelated=texts, n_random=0)
+    edit, ce = [ms.Ablate(principal(rows, 1), everywhere=True)], ms.TeacherForcedCE(first=0)
+    plain, after = model.run(texts), model.run(texts, edit)
+    np.testing.assert_allclose(result["cross_entropy"][0, 0], ce(after) - ce(plain), atol=1e-4)
+    np.testing.assert_allclose(result["kl"][0, 0], ms.KLFromBaseline(plain, where="completion")(after), atol=1e-4)
 
 
 def test_what_is_added_has_the_length_of_the_mean_in_the_subspace(zoo_models: Any) -> None:
@@ -227,6 +278,12 @@ def test_errors_say_what_to_do(zoo_models: Any) -> None:
     rows = paired_differences(model, TEXTS, OTHERS, site=SITE)
     gap = ms.LogitGap(7, 9)
 
+    class Broken(ms.Objective):
+        reads = gap.reads
+
+        def __call__(self, run: ms.Run) -> torch.Tensor:
+            return gap(run) * math.nan
+
     def refused(words: str, function: Callable[..., Any], *args: Any, **options: Any) -> None:
         with pytest.raises(ms.MechsteerError) as caught:
             function(*args, **options)
@@ -244,6 +301,35 @@ def test_errors_say_what_to_do(zoo_models: Any) -> None:
     refused("span 4. Pass 1 to 4", rank_test, model, TEXTS, rows, behaviour=gap, ks=(0, 5))
     refused("push got 'pull'", rank_test, model, TEXTS, rows, behaviour=gap, push="pull")
     refused("ks=[-1] and n_random=3", rank_test, model, TEXTS, rows, behaviour=gap, ks=(-1,))
+    refused("form got 'bias'", rank_test, model, TEXTS, rows, behaviour=gap, form="bias")
+    for options in ({"at": -1}, {"everywhere": False}):
+        refused(
+            "has no equal in the weights",
+            rank_test,
+            model,
+            TEXTS,
+            rows,
+            behaviour=gap,
+            ks=(1,),
+            form="weights",
+            **options,
+        )
+    refused("Add at blocks.1.hook_resid_post with at=-1 has no equal in the weights", rank_test, model, TEXTS, rows,
+            behaviour=gap, ks=(1,), push="add", form="weights", at=-1)  # fmt: skip
+    norms = zoo_models("gemma2")
+    theirs = paired_differences(norms, TEXTS, OTHERS, site=SITE)
+    refused(
+        "has norms after attention and MLP", rank_test, norms, TEXTS, theirs, behaviour=gap, ks=(1,), form="weights"
+    )
+    refused("is NaN or infinite on prompt 0", rank_test, model, TEXTS, rows, behaviour=Broken(), ks=(0,))
+    refused("<lambda> is NaN or infinite on prompt 0", rank_test, model, TEXTS, rows, behaviour=lambda text: math.nan,
+            ks=(0,), max_new_tokens=2)  # fmt: skip
+    refused("numbers that are NaN or infinite", prompt_gradients, model, TEXTS, Broken(), site=SITE)
+    refused(
+        "alpha=nan is not finite", rank_test, model, TEXTS, rows, behaviour=gap, ks=(1,), push="add", alpha=math.nan
+    )
+    refused("whitened got no texts", whitened, rows, [])
+    refused("whitened got ridge=nan", whitened, rows, rows, ridge=math.nan)
     refused("ridge=0.0. Pass a finite number above 0", whitened, rows, rows, ridge=0.0)
     elsewhere = ms.Direction(rows.vectors, ms.Site("resid_post", 0))
     refused("do not combine. Take both at one site", whitened, rows, elsewhere)
@@ -270,20 +356,25 @@ def locked(pocket: ms.Model) -> ms.Direction:
     return paired_differences(pocket, *pairs(pocket, 0, 200, "train"), site=("resid_post", 2))
 
 
-def test_one_direction_ablated_everywhere_ends_declining(pocket: ms.Model, locked: ms.Direction) -> None:
-    turned = whitened(locked, token_rows(pocket, corpus(pocket, 1, 100), site=locked.site), ridge=3.0)
-    rows = ms.Direction(turned.vectors.mean(0), locked.site, locked.model)
-    fresh = pairs(pocket, 2, 24, "held_out")[0]
-    result = rank_test(
-        pocket,
-        fresh,
-        rows,
-        behaviour=declines,
-        ks=(0, 1),
-        unrelated=corpus(pocket, 3, 40),
-        n_random=1,
-        max_new_tokens=28,
-    )
+def test_one_direction_ablated_everywhere_ends_declining(pocket: ms.Model) -> None:
+    """Layer and ridge are those that `benchmarks/refusal.py` chooses on wordings of the training split."""
+    locked, harmless = pairs(pocket, 0, 100, "train")
+    answers = pocket.generate(harmless[list(range(40))], max_new_tokens=24)
+    rows = paired_differences(pocket, locked, harmless, site=("resid_post", 4))
+    texts = [
+        token_rows(pocket, each, site=rows.site, tokens=tokens)
+        for each, tokens in ((corpus(pocket, 1, 60), "all"), (answers, "completion"))
+    ]
+    turned = whitened(rows, texts, ridge=10.0)
+    rows = ms.Direction(turned.vectors.mean(0), rows.site, rows.model)
+    fresh, others = pairs(pocket, 2, 16, "held_out")
+    options: dict[str, Any] = {"n_random": 1, "max_new_tokens": 24}
+    result = rank_test(pocket, fresh, rows, behaviour=declines, ks=(0, 1), unrelated=corpus(pocket, 3, 40), **options)
+    # The same as edits of the weights; and the model's own answers to harmless requests.
+    own = pocket.generate(others, max_new_tokens=32)
+    again = rank_test(pocket, fresh, rows, behaviour=declines, ks=(1,), unrelated=own, form="weights", **options)
+    assert (again["behaviour"].sel(k=1).values == result["behaviour"].sel(k=1).values).all()
+    assert again["cross_entropy"].sel(subspace="found", k=1).mean() < 0.02
     rate, rise = result["behaviour"].mean("prompt"), result["cross_entropy"].mean("text")
     assert (rate.sel(k=0) > 0.95).all()
     assert rate.sel(subspace="found", k=1) < 0.1

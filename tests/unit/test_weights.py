@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 
-from mechsteer.backends.weights import add_bias, orthogonalise, unembedding
+from mechsteer.backends.weights import add_bias, add_rank, orthogonalise, rank_hooks, unembedding
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, load_model
 
@@ -101,6 +101,66 @@ def test_a_bias_equals_adding_to_resid_post(models: Any, name: str, backend: str
         torch.testing.assert_close(twice, hooked(tokens), atol=1e-4, rtol=0)
 
 
+RANKS = [("mlp_post", None), ("mlp_out", None), ("z", 1), ("attn_out", None)]
+
+
+def read_and_write(hooked: Any, kind: str, k: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    width = {"mlp_post": hooked.cfg.d_mlp, "z": hooked.cfg.d_head}.get(kind, zoo.D_MODEL)
+    generator = torch.Generator().manual_seed(len(kind))
+    return torch.randn(k, width, generator=generator), torch.randn(k, zoo.D_MODEL, generator=generator)
+
+
+def plain_push(layer: int, kind: str, head: int | None, reads: torch.Tensor, writes: torch.Tensor) -> list[Any]:
+    """What is read, kept by one plain hook, and what is written, added by another, one direction at a time."""
+    kept = {}
+    read = {"mlp_post": "mlp.hook_post", "z": "attn.hook_z"}.get(kind, f"hook_{kind}")
+    write = "hook_mlp_out" if "mlp" in kind else "hook_attn_out"
+
+    def keep(tensor: torch.Tensor, hook: Any) -> None:
+        kept["x"] = (tensor if head is None else tensor[:, :, head]).clone()
+
+    def push(tensor: torch.Tensor, hook: Any) -> torch.Tensor:
+        return tensor + sum((kept["x"] @ r)[..., None] * w for r, w in zip(reads, writes, strict=True))
+
+    return [(f"blocks.{layer}.{read}", keep), (f"blocks.{layer}.{write}", push)]
+
+
+@backends
+@pytest.mark.parametrize("name", ["gpt2", "llama"])  # Conv1D and a plain Linear; grouped keys and values
+@pytest.mark.parametrize(("kind", "head"), RANKS)
+def test_a_rank_edit_equals_the_push_of_two_plain_hooks(
+    models: Any, name: str, backend: str, kind: str, head: int | None
+) -> None:
+    hooked = models(name, backend)
+    reads, writes = read_and_write(hooked, kind)
+    edited = add_rank(hooked, 1, kind, reads, writes, head=head)
+    assert_same_function(edited, hooked, plain_push(1, kind, head, reads, writes))
+    assert_same_function(edited, hooked, rank_hooks(1, kind, reads, writes, head=head))
+    old, new = dict(hooked.named_parameters()), dict(edited.named_parameters())
+    changed = {name for name, value in old.items() if not torch.equal(value, new[name])}
+    written = (
+        ("W_out", "b_out", "down_proj", "mlp.out", "c_proj")
+        if "mlp" in kind
+        else ("W_O", "b_O", "c_proj", "o_proj", ".o.")
+    )
+    assert 1 <= len(changed) <= 2 and all(any(part in each for part in written) for each in changed), changed
+
+
+@backends
+def test_a_rank_edit_of_all_outputs_is_orthogonalising(models: Any, backend: str) -> None:
+    """With reads = -writes = an orthonormal basis, at every output of every block."""
+    hooked, basis = models("gpt2", backend), random_basis(2)
+    edited = hooked
+    for layer in range(zoo.N_LAYERS):
+        for kind in ("attn_out", "mlp_out"):
+            edited = add_rank(edited, layer, kind, basis, -basis)
+    fwd_hooks = [each for each in projections(hooked, basis) if "blocks" in each[0]]
+    assert_same_function(edited, hooked, fwd_hooks)
+    twice = add_rank(edited, 1, "mlp_out", basis, -basis)
+    with torch.no_grad():
+        torch.testing.assert_close(twice(zoo.prompts()), edited(zoo.prompts()), atol=1e-4, rtol=0)
+
+
 @backends
 def test_copies_have_hooks_of_their_own(models: Any, backend: str) -> None:
     hooked, tokens = models("llama", backend), zoo.prompts()
@@ -169,6 +229,8 @@ def test_norms_after_the_blocks_are_refused(models: Any, name: str, backend: str
         orthogonalise(hooked, random_basis(1))
     with pytest.raises(MechsteerError, match=message):
         add_bias(hooked, 0, random_basis(1)[0])
+    with pytest.raises(MechsteerError, match=message):
+        add_rank(hooked, 0, "mlp_out", random_basis(1), random_basis(1))
 
 
 @pytest.mark.parametrize(
@@ -216,3 +278,17 @@ def test_wrong_arguments(models: Any) -> None:
     for layer, width in ((3, zoo.D_MODEL), (-1, zoo.D_MODEL), (0, 5)):
         with pytest.raises(MechsteerError, match=rf"add_bias got layer {layer} and a vector of shape \[{width}\], but"):
             add_bias(hooked, layer, torch.ones(width))
+    one, wide = random_basis(1), torch.ones(1, hooked.cfg.d_mlp)
+    for layer, kind, reads, writes, head in (
+        (3, "mlp_out", one, one, None),
+        (-1, "mlp_out", one, one, None),
+        (0, "resid_post", one, one, None),
+        (0, "mlp_post", one, one, None),
+        (0, "mlp_post", wide, random_basis(2), None),
+        (0, "mlp_post", wide, one, 0),
+        (0, "z", torch.ones(1, hooked.cfg.d_head), one, None),
+        (0, "z", torch.ones(1, hooked.cfg.d_head), one, hooked.cfg.n_heads),
+    ):
+        message = rf"add_rank got reads \[1, \d+\] of '{kind}' \(layer {layer}, head {head}\) and writes \[\d, 32\]"
+        with pytest.raises(MechsteerError, match=message):
+            add_rank(hooked, layer, kind, reads, writes, head=head)

@@ -15,21 +15,31 @@ from mechsteer.interventions import Replace
 from mechsteer.model import Model
 from mechsteer.patching.activation import objective_of
 from mechsteer.prompts import Prompts
-from mechsteer.propagator import Propagator, dyson, identity_share, position_flow, principal, spectrum
+from mechsteer.propagator import (
+    Propagator,
+    dyson,
+    identity_share,
+    linear_regime,
+    position_flow,
+    principal,
+    spectrum,
+)
 from mechsteer.result import Result, provenance
 from mechsteer.site import Site
 from mechsteer.study.case import Case
 from mechsteer.study.chapter import Chapter, Findings
 from mechsteer.study.chapters.travel_report import show
 from mechsteer.study.fork import Forks, forks
-from mechsteer.study.measures import ratio
+from mechsteer.study.measures import Estimate, ratio
 from mechsteer.sweeps import sweep
 
 # Enough forks to fit and to test on, and enough prompts for Jacobians, which are the costly part.
 MOST_FORKS, MOST_JACOBIANS = 18, 6
-LEAST_FORKS = 3
+LEAST_FORKS = 2
 # Layers that Jacobians start from: in deeper models only so many, evenly spaced.
 MOST_LAYERS = 12
+# Lengths that the linear regime is looked for at, in units of the stream's own.
+SIZES = tuple(np.geomspace(0.01, 4.0, 9).tolist())
 KS = (1, 2, 4, 8)
 N_RANDOM = 4
 
@@ -43,15 +53,15 @@ def measure(case: Case) -> Findings:
     Results: `pushes` [push, layer, prompt] (true changes of the gap, in logits, of the `own` delta, its `mean` over the
     requests to search on, and a `random` vector of the same length), with two linear predictions for the own delta: by
     the gradient there (`predicted`), and by the gradient behind the last block, as if all between were the identity
-    (`free`); `identity` and `dyson` (see `mechsteer.propagator`); `arrives` [layer, prompt] (cosine and gain of what
-    arrives of the own delta at the end); `flow` [layer, pos, prompt]; `spectrum` and `rank`.
+    (`free`); `regime` of the mean push, `identity` and `dyson` (see `mechsteer.propagator`); `arrives` [layer, prompt]
+    (cosine and gain of what arrives of the own delta at the end); `flow` [layer, pos, prompt]; `spectrum` and `rank`.
     """
     model, seed = case.model, case.settings.seed
     search, held = (forks(case, case.rows(split)[:MOST_FORKS]) for split in ("search", "held-out"))
     if search is None or held is None or min(len(search.rows), len(held.rows)) < LEAST_FORKS:
         raise MechsteerError(
             f"Fewer than {LEAST_FORKS} completions of each half part from what the model says without the prefix: "
-            "there is no push to follow. Choose another prefix, or more requests."
+            "there is nothing to follow. Choose another prefix, or more requests."
         )
     layers = list(range(model.n_layers))
     case.tell("what the prefix adds to the stream where the completions part")
@@ -59,10 +69,12 @@ def measure(case: Case) -> Findings:
     if not bool(deltas["held-out"][-1].any()):
         raise MechsteerError(
             f"Before the last of the {model.n_layers} layers of {model.name} the prefix adds nothing at the tokens "
-            "where the completions part: attention carries it there within that layer, and none is left to travel "
-            "through."
+            "where the completions part: attention carries it there within that layer, and there is nothing left to "
+            "travel through."
         )
     results = {"pushes": _pushes(case, held, deltas, layers)}
+    case.tell("how far the gradient is right")
+    results["regime"] = _regime(case, held, deltas["search"], layers)
     some = _spaced(layers)
     few = held.plain[range(min(MOST_JACOBIANS, len(held.rows)))]
     own = deltas["held-out"][:, : len(few)]
@@ -134,6 +146,20 @@ def _pushes(
         },
     )  # fmt: skip
     return Result(data, provenance=provenance(model=model.id, seed=case.settings.seed, measure="logit gap at the fork"))
+
+
+def _regime(case: Case, held: Forks, search: Float[Tensor, "layer prompt d_model"], layers: Sequence[int]) -> Result:
+    """The linear regime of the gap along the mean push."""
+    model, mean = case.model, search.mean(1)
+    sites = {layer: Site("resid_pre", layer) for layer in layers if bool(mean[layer].any())}
+    found = linear_regime(
+        model, held.plain, measure=held.gap, kind="resid_pre", layers=list(sites), at=-1, sizes=SIZES,
+        directions={"prefix": {site: Direction(mean[layer], site, model.id) for layer, site in sites.items()}},
+        random=N_RANDOM, seed=case.settings.seed,
+    )  # fmt: skip
+    length = mean[list(sites)].norm(dim=-1).double().cpu().numpy()
+    data = found.data.assign(length=("layer", length / found["norm"].values))
+    return Result(data, provenance=found.provenance)
 
 
 def _series(
@@ -264,6 +290,11 @@ def _summary(case: Case, held: Forks, results: Mapping[str, Result], entry: int)
         "free": shares(pushes["free"]),
         "correlation": [_correlation(own.sel(layer=layer), predicted.sel(layer=layer)) for layer in layers],
         "length": (pushes["length"] / pushes["stream"]).mean("prompt").values.tolist(),
+        "regime": {
+            "layers": data["regime"]["layer"].values.tolist(),
+            "length": data["regime"]["length"].values.tolist(),
+            **{group: _radii(data["regime"].sel(group=group), len(held.rows)) for group in ("prefix", "random")},
+        },
         "identity": {
             name: {span: means(identity[name].sel(span=span)) for span in spans} for name in ("c", "rest", "norm")
         },
@@ -293,6 +324,13 @@ def _summary(case: Case, held: Forks, results: Mapping[str, Result], entry: int)
             "mean_share": float(data["spectrum"]["mean_share"].sel(direction=f"layer {entry}")),
         },
     }
+
+
+def _radii(regime: xr.Dataset, n: int) -> list[dict[str, Any]]:
+    """The radius before each layer, in units of the stream's length; `censored` as in `linear_regime`."""
+    scaled = [regime[f"relative_radius{end}"] for end in ("", "_low", "_high")]
+    rows = zip(*(each.values.tolist() for each in scaled), regime["censored"].values.tolist(), strict=True)
+    return [Estimate(value, low, high, n).as_json | {"censored": int(bound)} for value, low, high, bound in rows]
 
 
 def _correlation(one: xr.DataArray, other: xr.DataArray) -> float | None:

@@ -42,6 +42,18 @@ def show(findings: Findings) -> list[Block]:
             _scatter(results["pushes"]),
             "The same for each request: predicted by the gradient against the truth, in logits. " + _requests(summary),
         ),
+        Figure(
+            _curves(
+                {
+                    "radius along the mean push": summary["regime"]["prefix"],
+                    "radius along random directions": summary["regime"]["random"],
+                    "length of the mean push": _exact(summary["regime"]["length"], summary["n"]),
+                },
+                summary["regime"]["layers"], "before layer", "length / stream's length", "The linear regime",
+            ).update_yaxes(type="log", dtick=1),
+            "The length from which on the gradient's prediction of the gap is 10 % off, beside the length of the mean "
+            "push. " + _regime(summary),
+        ),
         Heading("The identity"),
         Paragraph(_identity(summary)),
         Figure(
@@ -171,6 +183,26 @@ def _linear(summary: Mapping[str, Any] | Any) -> str:
         f" The push is {two(summary['length'][entry])} times as long as the stream itself before layer "
         f"{layers[entry]}, and {two(summary['length'][longest])} times before layer {layers[longest]}."
     )
+
+
+def _regime(summary: Mapping[str, Any] | Any) -> str:
+    regime, entry = summary["regime"], summary["entry"]
+    if entry not in regime["layers"]:
+        return ""
+    at = regime["layers"].index(entry)
+    (own, bound), (random, _) = (
+        (Estimate.of(regime[group][at]), regime[group][at]["censored"]) for group in ("prefix", "random")
+    )
+    where = {-1: "below ", 0: "", 1: "above "}[bound]
+    times = regime["length"][at] / own.value
+    return (
+        f"Before layer {entry} that is {where}{two(own.value)} of the stream's length along the mean push and "
+        f"{two(random.value)} along random directions; the mean push is {times:.1f} times as long as its radius."
+    )
+
+
+def _exact(values: Sequence[float], n: int) -> list[dict[str, Any]]:
+    return [Estimate(value, value, value, n).as_json for value in values]
 
 
 def _requests(summary: Mapping[str, Any] | Any) -> str:
