@@ -1,7 +1,7 @@
 """Generating text under interventions, many prompts at once."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,12 +37,25 @@ def generate(
     stop_at_eos: bool,
     batch_size: int,
     progress: bool,
+    samples: int = 1,
+    streams: Sequence[int] | None = None,
 ) -> Prompts:
-    """See `Model.generate`."""
+    """See `Model.generate`.
+
+    Args:
+        samples: completions of each prompt, which is run once for all of them; they stand one after another in what is
+            returned. At least so many rows share a batch.
+        streams: seeds of the draws, one for each completion; None takes `seed` and the place.
+    """
     applied = tuple(interventions)
     right = prompts.padded("right")
     choose = Choice(temperature, top_k, top_p)
     _check_room(model, right, max_new_tokens, batch_size)
+    if samples < 1 or (streams is not None and len(streams) != len(right) * samples):
+        raise MechsteerError(
+            f"samples={samples} of {len(right)} prompts got {'no' if streams is None else len(streams)} streams. Pass "
+            "at least one sample, and one stream for each completion or none."
+        )
     model.check_slots(right, applied)
     # The last new token is never fed to the model, so that nothing can act on it.
     check(applied, model, right, n_new=max_new_tokens - 1)
@@ -50,23 +63,36 @@ def generate(
     decoder = model.decoder if {site.kind for site in columns} <= set(PACKED_KINDS) else None
     eos = getattr(model.tokenizer, "eos_token_id", None) if stop_at_eos else None
     n_ids = _n_ids(prompts.tokenizer)
-    new: list[list[int]] = [[] for _ in range(len(right))]
+    new: list[list[int]] = [[] for _ in range(len(right) * samples)]
     # Prompts of like length share a batch.
     order = right.lengths.argsort(stable=True)
-    with torch.no_grad(), bar("tokens", len(right) * max_new_tokens, show=progress) as shown:
-        for index in order.split(batch_size):
+    with torch.no_grad(), bar("tokens", len(new) * max_new_tokens, show=progress) as shown:
+        for once in order.split(max(1, batch_size // samples)):
             step = (
-                _Packed(decoder, right, index, columns, max_new_tokens)
+                _Packed(decoder, right, once, columns, max_new_tokens)
                 if decoder
-                else _Hooked(model, right, index, columns)
+                else _Hooked(model, right, once, columns)
             )
-            draws = None if choose.greedy else uniform_draws(seed, index, max_new_tokens)
+            first = step.logits(None)
+            # Of each row: its prompt, and its place in what is returned.
+            index = once.repeat_interleave(samples)
+            rows = index * samples + torch.arange(samples, device=index.device).repeat(len(once))
+            if samples > 1:
+                copies = torch.arange(len(once), device=index.device).repeat_interleave(samples)
+                step.keep(copies)
+                first = first[copies]
+            if choose.greedy:
+                draws = None
+            elif streams is None:
+                draws = uniform_draws(seed, rows, max_new_tokens)
+            else:
+                draws = stream_draws([streams[row] for row in rows.tolist()], max_new_tokens)
             written = torch.full((len(index), max_new_tokens), -1, device=index.device)
             # Of the rows that the model still runs: places in the batch, whether they go on, and their last tokens.
             place, token = torch.arange(len(index), device=index.device), None
             alive = torch.ones_like(place, dtype=torch.bool)
             for n in range(max_new_tokens):
-                logits = step.logits(token)[:, :n_ids]
+                logits = (first if token is None else step.logits(token))[:, :n_ids]
                 _check_finite(logits, index[place], n, model)
                 token = choose(logits, None if draws is None else draws[place.cpu(), n])
                 written[place, n] = torch.where(alive, token, -1)
@@ -82,9 +108,10 @@ def generate(
                     kept = alive.nonzero().squeeze(1)
                     step.keep(kept)
                     place, token, alive = place[kept], token[kept], alive[kept]
-            for example, row in zip(index.tolist(), written.tolist(), strict=True):
-                new[example] = [token for token in row if token >= 0]
-    return prompts.with_completions(new)
+            for place_in_all, tokens in zip(rows.tolist(), written.tolist(), strict=True):
+                new[place_in_all] = [token for token in tokens if token >= 0]
+    copied = prompts if samples == 1 else prompts[torch.arange(len(prompts)).repeat_interleave(samples)]
+    return copied.with_completions(new)
 
 
 @dataclass(frozen=True)
@@ -151,8 +178,13 @@ def uniform_draws(seed: int, index: Int[Tensor, " batch"], n: int) -> Float[Tens
 
     Every example has its own random stream, so that what it gets does not depend on the batch that it is in.
     """
-    streams = [torch.Generator().manual_seed((seed * 1_000_003 + example) % (1 << 62)) for example in index.tolist()]
-    return torch.stack([torch.rand(n, generator=stream, dtype=torch.float64) for stream in streams])
+    return stream_draws([seed * 1_000_003 + example for example in index.tolist()], n)
+
+
+def stream_draws(streams: Sequence[int], n: int) -> Float[Tensor, "batch n"]:
+    """`n` fp64 numbers of [0, 1) of each stream, on the CPU."""
+    generators = [torch.Generator().manual_seed(stream % (1 << 62)) for stream in streams]
+    return torch.stack([torch.rand(n, generator=generator, dtype=torch.float64) for generator in generators])
 
 
 class _Packed:

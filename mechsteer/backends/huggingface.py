@@ -63,7 +63,9 @@ def hub_folder(name: str, *, shipped: tuple[str, ...] = ()) -> Path:
         ) from error
 
 
-def read_folder(folder: Path, *, dtype: torch.dtype, attention: str = "eager") -> Source:
+def read_folder(
+    folder: Path, *, dtype: torch.dtype, attention: str = "eager", auto: str = "AutoModelForCausalLM"
+) -> Source:
     """Read config, tokenizer and weights of `folder`, refusing whatever would make them wrong or unsafe.
 
     Args:
@@ -71,6 +73,7 @@ def read_folder(folder: Path, *, dtype: torch.dtype, attention: str = "eager") -
         dtype: of the weights.
         attention: transformers' attention kernel. Eager by default: the others hide scores and patterns, and differ
             from it by up to 1e-3.
+        auto: transformers' class that makes the model.
 
     Raises:
         ModelLoadError: with one line that names the folder, what is wrong and what to do.
@@ -100,8 +103,8 @@ def read_folder(folder: Path, *, dtype: torch.dtype, attention: str = "eager") -
             ) from error
         _check_tokenizer(folder, tokenizer, config)
         try:
-            auto: Any = transformers.AutoModelForCausalLM  # its stub does not know output_loading_info
-            model, info = auto.from_pretrained(
+            made_by: Any = getattr(transformers, auto)  # the stubs do not know output_loading_info
+            model, info = made_by.from_pretrained(
                 folder, config=config, dtype=dtype, attn_implementation=attention,
                 use_safetensors=True, output_loading_info=True, **local,
             )  # fmt: skip

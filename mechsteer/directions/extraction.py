@@ -127,9 +127,7 @@ def pca(
         given["negatives"] = negatives
     groups, about = [], {}
     for group, texts, chosen in _groups(model, given, tokens, max_tokens):
-        parts = list(_means_of_texts(model, texts, where, chosen, batch_tokens, group, progress))
-        back = torch.cat([order for order, _ in parts]).argsort()
-        groups.append({site: torch.cat([rows[site] for _, rows in parts])[back] for site in where})
+        groups.append(_rows_of_texts(model, texts, where, chosen, batch_tokens, group, progress))
         about[group] = {"texts": len(texts), "tokens": int(chosen.sum()), "prompts": texts.hash}
     if len({count["texts"] for count in about.values()}) > 1:
         counts = " and ".join(f"{count['texts']} {name}" for name, count in about.items())
@@ -144,6 +142,33 @@ def pca(
         origin = {"method": "pca", "tokens": _words(tokens), "centre": centre, "explained": shares, **about}
         made[site] = Direction(_stored(components, model), site, model.id, origin)
     return made
+
+
+def text_means(
+    model: "Model",
+    texts: Texts,
+    *,
+    sites: Iterable[SiteLike] | SiteLike = "resid_post",
+    tokens: Tokens = "all",
+    max_tokens: int = 300,
+    batch_tokens: int = 2000,
+    progress: bool = True,
+) -> dict[Site, Float[Tensor, "text d"]]:
+    """Mean activation over the tokens of each text, from one pass: what `difference_of_means` averages over texts.
+
+    Args:
+        model: to record.
+        texts, sites, tokens, max_tokens, batch_tokens, progress: as in `difference_of_means`, with one mask.
+
+    Returns:
+        For each site one row in fp64 for each text, in the order of the texts.
+
+    Raises:
+        MechsteerError: as in `difference_of_means`.
+    """
+    where = _sites(model, sites)
+    ((group, prompts, chosen),) = _groups(model, {"texts": texts}, tokens, max_tokens)
+    return _rows_of_texts(model, prompts, where, chosen, batch_tokens, group, progress)
 
 
 def from_unembedding(
@@ -265,6 +290,21 @@ def _means_of_texts(
                 rows[site] = _row_means(values[mask], mask)
             yield part, rows
             shown.advance(len(part))
+
+
+def _rows_of_texts(
+    model: "Model",
+    prompts: Prompts,
+    sites: Sequence[Site],
+    chosen: Bool[Tensor, "batch pos"],
+    batch_tokens: int,
+    group: str,
+    progress: bool,
+) -> dict[Site, Float[Tensor, "text d"]]:
+    """What `_means_of_texts` gives, in the order of the texts."""
+    parts = list(_means_of_texts(model, prompts, sites, chosen, batch_tokens, group, progress))
+    back = torch.cat([order for order, _ in parts]).argsort()
+    return {site: torch.cat([rows[site] for _, rows in parts])[back] for site in sites}
 
 
 def _row_means(values: Float[Tensor, "token d"], mask: Bool[Tensor, "part pos"]) -> Float[Tensor, "part d"]:

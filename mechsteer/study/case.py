@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, stamp
+from mechsteer.judges import Judge, judge_of
 from mechsteer.model import Model, load_model
 from mechsteer.prompts import Prompts
-from mechsteer.study.judges import Judge, judge_of
 from mechsteer.study.settings import Request, Settings, read_json
 
 FILE = "completions.json"

@@ -14,11 +14,11 @@ import torch
 
 import mechsteer as ms
 from mechsteer.data import data_path
+from mechsteer.judges import judge_of
 from mechsteer.pocket.labeller import label
 from mechsteer.pocket.lexicon import LOCKED, SUBJECTS, TOPICS
 from mechsteer.pocket.requests import KINDS
 from mechsteer.study.case import FILE, Case
-from mechsteer.study.judges import judge_of
 from mechsteer.study.requests import make, shipped, to_jsonl
 from mechsteer.study.settings import Request, Settings
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import mechsteer as ms
+from mechsteer.judges import NO_JUDGE
 from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Paragraph, Table
 from mechsteer.study.case import Case
 from mechsteer.study.chapter import Findings, keep, kept
 from mechsteer.study.chapters.behaviour import CHAPTER, CONTRAST, WITH, WITHOUT, does_nothing, short
-from mechsteer.study.judges import NO_JUDGE
 from mechsteer.study.measures import Estimate, ratio, share, two
 from mechsteer.study.settings import Request, Settings
 

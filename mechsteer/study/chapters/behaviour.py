@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
+from mechsteer.judges import NO_JUDGE
 from mechsteer.plots import LIGHT, plain
 from mechsteer.plots.themes import PALETTE
 from mechsteer.prompts import Prompts
@@ -14,7 +15,6 @@ from mechsteer.result import Result, provenance
 from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Paragraph, Table
 from mechsteer.study.case import Case
 from mechsteer.study.chapter import Chapter, Findings
-from mechsteer.study.judges import NO_JUDGE
 from mechsteer.study.measures import Estimate, cross_entropy, ratio, share, weights
 
 WITH, WITHOUT, CONTRAST = "with the prefix", "without it", "with the contrast"
