@@ -1,7 +1,7 @@
 """`mechsteer.strength` beside the ways it replaces, on the same machine, in the same run.
 
     python benchmarks/strength.py                  # every model, median of 3
-    python benchmarks/strength.py --check          # exit status 1 where a bar is missed
+    python benchmarks/strength.py --check          # exit status 1 where a bar is missed; parity and choice too
     python benchmarks/strength.py --models stories260K --tokens 20000 --runs 1
 
 - a curve: eight tokens' probabilities at 41 strengths on 16 contexts of 32 tokens, against one hooked forward pass of
@@ -12,8 +12,8 @@
 - last-token vectors at all layers from 64 pairs of shipped texts, against steering-vectors and repeng, where they are
   installed. repeng's time includes its principal components
 
-Parity with the published recipe is tested in `tests/parity/`; the laws are counted by `strength_laws.py`, and
-`choose_alpha.py` measures the choice of a strength.
+`--check` also runs the test of parity with the published recipe (`tests/parity/`) and `choose_alpha.py --check`, which
+measures the choice of a strength and takes half an hour on a core. `strength_laws.py` counts where the laws hold.
 """
 
 import argparse
@@ -245,6 +245,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3, help="turns; the median counts")
     parser.add_argument("--models", nargs="+", default=["stories260K", "pocket", "gpt2-small"])
     parser.add_argument("--tokens", type=int, default=100_000, help="of Delta CE")
+    parser.add_argument("--cases", type=Path, help="folder that keeps finished cases of choose_alpha.py")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "TOKENS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -291,6 +292,18 @@ def main() -> int:
     for note in dict.fromkeys(skipped):
         print(note)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    if arguments.check:
+        here = Path(__file__).parent
+        choice = [
+            str(here / "choose_alpha.py"),
+            "--check",
+            *(["--folder", str(arguments.cases)] if arguments.cases else []),
+        ]
+        for command in (
+            ["-m", "pytest", "-n", "0", str(here.parent / "tests/parity/test_published_strength.py")],
+            choice,
+        ):
+            missed |= subprocess.run([sys.executable, *command]).returncode != 0
     return int(arguments.check and missed)
 
 

@@ -120,7 +120,7 @@ def test_the_autoencoder_fits_the_hooked_models_activations(check: PocketCheck, 
 
 
 def test_no_shipped_file_is_a_pickle() -> None:
-    allowed = {".json", ".jsonl", ".safetensors", ".md", ".jinja"}
+    allowed = {".json", ".jsonl", ".safetensors", ".md", ".jinja", ".txt"}
     assert {path.suffix for path in data_path().rglob("*") if path.is_file()} <= allowed
 
 
