@@ -263,9 +263,11 @@ def main() -> int:
             continue
         for layer in dict.fromkeys((0, model.n_layers // 2, model.n_layers - 1)):
             lines += curve(model, layer, arguments.runs, middle=layer == model.n_layers // 2)
+            print(f"{name}, layer {layer}: curve measured", file=sys.stderr)
         if name != "gpt2-small":  # random weights of 124 M parameters, and no tokenizer
             lines.append(cross_entropy(model, arguments.tokens))
-            memory.append((name, peak(name, arguments.tokens // 5), peak(name, arguments.tokens)))
+            if not memory:  # one model tells: what is kept does not depend on it
+                memory.append((name, peak(name, arguments.tokens // 5), peak(name, arguments.tokens)))
             folder = data_path("models", name) if name in ("pocket", "pocket-1l") else STORIES
             found, absent = vectors(model, folder, arguments.runs)
             lines += found
