@@ -50,7 +50,7 @@ STORIES = Path(__file__).parents[2] / "shared/models/stories260K"
 N_CONTEXTS, N_TOKENS, WINDOW = 16, 8, 128
 CE_ALPHAS = np.linspace(-4, 4, 21).tolist()
 TOLERANCE = 1e-4
-# Least ratios: of the curve at every layer, of the curve at the middle layer, of vectors to the faster peer.
+# Least ratios: of the curves at all three layers, of the one at the middle layer, and of vectors to the faster peer.
 LOOP, BATCHED, PEER = 3.0, 1.8, 1.0
 # Most that memory may grow from a fifth of the tokens to all.
 GROWTH = 1.10
@@ -114,7 +114,7 @@ def curve(model: ms.Model, layer: int, runs: int, *, middle: bool) -> list[Line]
     off = max(float((found - each).abs().max()) for each in (expected, again))
     where = f"layer {layer} of {model.n_layers}"
     return [
-        Line(f"41 alphas, {where} / a hooked forward each", model.name, slow, fast, LOOP, off),
+        Line(f"41 alphas, {where} / a hooked forward each", model.name, slow, fast, None, off),
         Line(
             f"41 alphas, {where} / a batch for each context",
             model.name,
@@ -261,9 +261,17 @@ def main() -> int:
         except ms.ModelLoadError as error:
             skipped.append(f"{name} is not here ({error}); left out")
             continue
+        curves: list[Line] = []
         for layer in dict.fromkeys((0, model.n_layers // 2, model.n_layers - 1)):
-            lines += curve(model, layer, arguments.runs, middle=layer == model.n_layers // 2)
+            curves += curve(model, layer, arguments.runs, middle=layer == model.n_layers // 2)
             print(f"{name}, layer {layer}: curve measured", file=sys.stderr)
+        loops = [each for each in curves if each.work.endswith("a hooked forward each")]
+        slow, fast = (sum(getattr(each, side) for each in loops) for side in ("peer", "ours"))
+        off = max(each.difference for each in loops)
+        curves.append(
+            Line("41 alphas, these layers together / a hooked forward each", model.name, slow, fast, LOOP, off)
+        )
+        lines += curves
         if name != "gpt2-small":  # random weights of 124 M parameters, and no tokenizer
             lines.append(cross_entropy(model, arguments.tokens))
             if not memory:  # one model tells: what is kept does not depend on it
