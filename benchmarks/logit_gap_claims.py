@@ -25,8 +25,8 @@ import mechsteer as ms
 from mechsteer.pocket.grammar import sample_chat
 from mechsteer.pocket.labeller import label
 from mechsteer.propagator import dyson, gap_gradient, identity_share, linear_prediction, nearest_tokens, search_tokens
-from mechsteer.propagator.vocabulary import allowed_tokens, insert
 from mechsteer.result import bootstrap_ci
+from mechsteer.vocabulary import allowed_tokens, insert
 
 N_PROMPTS, N_TOKENS, N_JACOBIANS = 16, 200, 6
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mechsteer.activations import Activations, ModelId
+    from mechsteer.backends.autoencoder import SparseAutoencoder, load_sae
     from mechsteer.directions import (
         Direction,
         cosine_table,
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     )
     from mechsteer.errors import MechsteerError, ModelLoadError
     from mechsteer.hooks import Intervention, fwd_hooks
-    from mechsteer.interventions import Ablate, Add, Replace, Scale, SoftPrefix
+    from mechsteer.interventions import Ablate, Add, Replace, Scale, SetFeature, SoftPrefix
     from mechsteer.model import Model, load_model
     from mechsteer.objectives import (
+        FeatureActivation,
         KLFromBaseline,
         LogitGap,
         Objective,
@@ -45,6 +47,7 @@ _HOMES = {
     "Activations": "mechsteer.activations",
     "Add": "mechsteer.interventions",
     "Direction": "mechsteer.directions",
+    "FeatureActivation": "mechsteer.objectives",
     "Intervention": "mechsteer.hooks",
     "KLFromBaseline": "mechsteer.objectives",
     "LogitGap": "mechsteer.objectives",
@@ -61,8 +64,10 @@ _HOMES = {
     "Result": "mechsteer.result",
     "Run": "mechsteer.run",
     "Scale": "mechsteer.interventions",
+    "SetFeature": "mechsteer.interventions",
     "Site": "mechsteer.site",
     "SoftPrefix": "mechsteer.interventions",
+    "SparseAutoencoder": "mechsteer.backends.autoencoder",
     "StateMatch": "mechsteer.objectives",
     "TeacherForcedCE": "mechsteer.objectives",
     "TokenProb": "mechsteer.objectives",
@@ -75,6 +80,7 @@ _HOMES = {
     "fwd_hooks": "mechsteer.hooks",
     "import_gguf": "mechsteer.directions",
     "load_model": "mechsteer.model",
+    "load_sae": "mechsteer.backends.autoencoder",
     "path_patching": "mechsteer.patching",
     "pca": "mechsteer.directions",
     "record_stream": "mechsteer.recording",
@@ -85,6 +91,7 @@ __all__ = [
     "Activations",
     "Add",
     "Direction",
+    "FeatureActivation",
     "Intervention",
     "KLFromBaseline",
     "LogitGap",
@@ -101,8 +108,10 @@ __all__ = [
     "Result",
     "Run",
     "Scale",
+    "SetFeature",
     "Site",
     "SoftPrefix",
+    "SparseAutoencoder",
     "StateMatch",
     "TeacherForcedCE",
     "TokenProb",
@@ -115,6 +124,7 @@ __all__ = [
     "fwd_hooks",
     "import_gguf",
     "load_model",
+    "load_sae",
     "path_patching",
     "pca",
     "record_stream",

@@ -167,14 +167,17 @@ class Engine:
         chunk: Int[Tensor, " example"],
         start: Int[Tensor, "cell example"],
         clean: Clean | None,
+        *,
+        grad: bool = False,
     ) -> dict[str, Float[Tensor, "cell example"]]:
         """Objectives of cells of one shape on the prompts `chunk`.
 
         Args:
             start: from `starts`, for these prompts.
             clean: from `clean`; None takes TransformerLens's hooks.
+            grad: whether gradients can flow to what the interventions hold.
         """
-        with torch.no_grad():
+        with torch.set_grad_enabled(grad):
             run = self._hooked(cells, chunk) if clean is None else self._packed(cells, chunk, start, clean)
             values = {name: measure(run) for name, measure in self.measures.items()}
         # Items are ordered by example, then cell.

@@ -159,7 +159,7 @@ def encode(
     """
     if not marked:
         return []
-    encoded = _tokenize([each.text for each in marked], tokenizer)
+    encoded = tokenize([each.text for each in marked], tokenizer)
     control = control_tokens(tokenizer)
     rows = []
     for i, (each, ids, offsets) in enumerate(zip(marked, encoded.input_ids, encoded.offset_mapping, strict=True)):
@@ -197,7 +197,8 @@ def encode(
     return rows
 
 
-def _tokenize(texts: list[str], tokenizer: Any) -> Any:
+def tokenize(texts: list[str], tokenizer: Any) -> Any:
+    """Ids and offsets of texts as they are, special tokens in them read as such; a fast tokenizer is left as it was."""
     backend = tokenizer.backend_tokenizer
     padding, truncation, literal = backend.padding, backend.truncation, backend.encode_special_tokens
     try:

@@ -79,7 +79,7 @@ def save_sae(sae: TrainingSAE, folder: Path, *, scale: float) -> None:
     sae.save_inference_model(folder)
 
 
-def load_sae(folder: Path, *, device: str = "cpu") -> SAE:
+def read_sae(folder: Path, *, device: str = "cpu") -> SAE:
     """An autoencoder from a SAELens folder.
 
     Raises:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, load_causal_lm
-from mechsteer.backends.sae import SAE, auroc, load_sae, reconstruction
+from mechsteer.backends.sae import SAE, auroc, read_sae, reconstruction
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError
 from mechsteer.model import load_model
@@ -90,7 +90,7 @@ class PocketCheck:
             raise MechsteerError(f"check got count={count}: at least 12 prompts a row are needed, one for each topic")
         self.folder, self.count, self.progress = folder, count, progress
         # Before any measuring, so that a wrong folder costs no time.
-        self.autoencoder = None if sae_folder is None else load_sae(sae_folder)
+        self.autoencoder = None if sae_folder is None else read_sae(sae_folder)
         self.model: CausalLM
         self.tokenizer: FastTokenizer
         self.model, self.tokenizer = load_causal_lm(folder)

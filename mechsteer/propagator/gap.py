@@ -24,7 +24,12 @@ from mechsteer.objectives.base import one_of, precise, tokens_at
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.intervals import check_finite, with_intervals
-from mechsteer.propagator.vocabulary import (
+from mechsteer.result import Result, provenance
+from mechsteer.rows import of_like_lengths
+from mechsteer.run import Run
+from mechsteer.site import Site
+from mechsteer.sweeps import sweep
+from mechsteer.vocabulary import (
     Filler,
     allowed_tokens,
     check_ids,
@@ -33,11 +38,6 @@ from mechsteer.propagator.vocabulary import (
     insert,
     token_texts,
 )
-from mechsteer.result import Result, provenance
-from mechsteer.rows import of_like_lengths
-from mechsteer.run import Run
-from mechsteer.site import Site
-from mechsteer.sweeps import sweep
 
 # Tokens of a batch whose graph is held.
 _TOKENS = {"cpu": 2048, "cuda": 16384}

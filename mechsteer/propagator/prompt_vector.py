@@ -19,11 +19,11 @@ from mechsteer.objectives import KLFromBaseline, Objective
 from mechsteer.objectives.base import assign, decision_mask, examples_of, precise
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.intervals import check_finite, with_intervals
-from mechsteer.propagator.vocabulary import allowed_tokens, check_ids, embeddings, insert, token_texts
 from mechsteer.result import Result, provenance
 from mechsteer.run import Run
 from mechsteer.site import Site
 from mechsteer.sweeps import sweep
+from mechsteer.vocabulary import allowed_tokens, check_ids, embeddings, insert, token_texts
 
 
 @dataclass(frozen=True, eq=False, repr=False)

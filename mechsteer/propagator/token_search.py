@@ -17,9 +17,9 @@ from mechsteer.objectives.base import one_of
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.gap import cosines, gap_gradient
 from mechsteer.propagator.intervals import check_finite
-from mechsteer.propagator.vocabulary import Filler, allowed_tokens, check_ids, embeddings, insert, token_texts
 from mechsteer.result import Result, provenance
 from mechsteer.sweeps import sweep
+from mechsteer.vocabulary import Filler, allowed_tokens, check_ids, embeddings, insert, token_texts
 
 METHODS = ("projection", "greedy", "beam", "sorted")
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechsteer as ms
-from mechsteer.backends.sae import load_sae, reconstruction
+from mechsteer.backends.sae import read_sae, reconstruction
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError
 from mechsteer.pocket.card import model_card, sae_card
@@ -108,7 +108,7 @@ def test_cards_show_the_measured_figures() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_autoencoder_fits_the_hooked_models_activations(check: PocketCheck, backend: str) -> None:
     model = ms.load_model("pocket", backend=backend, device="cpu")
-    sae = load_sae(data_path("saes", "pocket"))
+    sae = read_sae(data_path("saes", "pocket"))
     assert sae.cfg.d_sae >= 8 * model.d_model
     texts = ["Tell me a short story about my exam.", "Talk only about trains.\nWrite a letter about my holiday."]
     parts = []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mechsteer.pocket.sae as pocket_sae
 from mechsteer.backends.causal_lm import new_llama, resid_post
-from mechsteer.backends.sae import auroc, load_sae, new_topk_sae, reconstruction, sae_loss, save_sae
+from mechsteer.backends.sae import auroc, new_topk_sae, read_sae, reconstruction, sae_loss, save_sae
 from mechsteer.errors import MechsteerError
 from mechsteer.pocket.sae import SAERecipe, chunk_batches, mean_features, text_activations, train_sae
 
@@ -47,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_explains_what_is_sparse(trained: Path) -> None:
-    sae = load_sae(trained)
+    sae = read_sae(trained)
     parts = [part for part, _ in zip(sparse_activations(), range(4), strict=False)]
     fit = reconstruction(sae, parts)
     assert fit.variance_explained > 0.8
@@ -78,7 +78,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 
 def test_a_folder_without_an_autoencoder_is_named(tmp_path: Path) -> None:
     with pytest.raises(MechsteerError, match=r"holds no cfg.json and no sae_weights.safetensors: expected a SAELens"):
-        load_sae(tmp_path)
+        read_sae(tmp_path)
 
 
 def naive_auroc(scores: Tensor, positive: Tensor) -> float:
@@ -128,7 +128,7 @@ def test_text_activations_leave_out_bos_and_padding(model, tokenizer) -> None:
 
 
 def test_mean_features_are_those_of_each_text_alone(model, tokenizer, trained: Path) -> None:
-    sae = load_sae(trained)
+    sae = read_sae(trained)
     texts = [
         (tokenizer.encode("Tell me a joke."), tokenizer.encode(text)[1:]) for text in ("Cats purr.", "Why not? No.")
     ]
@@ -168,7 +168,7 @@ def test_a_stopped_run_ends_in_the_same_weights(
     assert asked == [0, 1, 2, 2], "resumed at the chunk where it stopped"
     names = {path.name for path in stopped.iterdir()}
     assert names == {"cfg.json", "sae_weights.safetensors", "training.json"}
-    for one, other in zip(load_sae(whole).parameters(), load_sae(stopped).parameters(), strict=True):
+    for one, other in zip(read_sae(whole).parameters(), read_sae(stopped).parameters(), strict=True):
         assert torch.equal(one, other)
 
 

@@ -12,7 +12,7 @@ import mechsteer as ms
 from mechsteer.errors import MechsteerError
 from mechsteer.propagator.gap import gap_gradient
 from mechsteer.propagator.token_search import search_tokens
-from mechsteer.propagator.vocabulary import embeddings, insert
+from mechsteer.vocabulary import embeddings, insert
 
 GAP = ms.LogitGap([5, 6], [7, 9], reduce="logsumexp")
 FEW = [5, 11, 17, 30, 44, 63, 90]

@@ -1,0 +1,23 @@
+"""The same push as text: soft prefixes, projection to tokens, and discrete search under constraints."""
+
+from mechsteer.prefix.constraints import Constraints
+from mechsteer.prefix.evaluation import evaluate_prefixes
+from mechsteer.prefix.found import FoundPrefix
+from mechsteer.prefix.projection import Hardened, decode_beam, project, replace_tokens
+from mechsteer.prefix.round_trip import RoundTrip
+from mechsteer.prefix.search import search_prefix
+from mechsteer.prefix.soft import FoundSoft, optimise_soft_prefix
+
+__all__ = [
+    "Constraints",
+    "FoundPrefix",
+    "FoundSoft",
+    "Hardened",
+    "RoundTrip",
+    "decode_beam",
+    "evaluate_prefixes",
+    "optimise_soft_prefix",
+    "project",
+    "replace_tokens",
+    "search_prefix",
+]
