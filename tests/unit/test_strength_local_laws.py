@@ -1,5 +1,6 @@
 """Slopes, curvatures and limits of steering against finite differences in fp64, on every architecture."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -127,7 +128,8 @@ def test_batches_and_examples_do_not_matter(precise: Callable[..., Model], monke
     # Holds a value for each prompt: the batches must say which prompts they are.
     objective = ms.LogitGap(torch.tensor([5, 6, 7]), 9)
     whole = local_laws(model, direction, prompts, objective=objective)
-    monkeypatch.setattr("mechsteer.strength.local_laws._TOKENS", {"cpu": 12, "cuda": 12})
+    # By name, the function of the package would stand in the module's place.
+    monkeypatch.setattr(sys.modules["mechsteer.strength.local_laws"], "_TOKENS", {"cpu": 12, "cuda": 12})
     parts = local_laws(model, direction, prompts.padded("left"), objective=objective)
     for name in whole.data.data_vars:
         np.testing.assert_allclose(parts[str(name)], whole[str(name)], rtol=1e-9)
