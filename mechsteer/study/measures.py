@@ -12,6 +12,7 @@ from mechsteer.model import Model
 from mechsteer.objectives import TeacherForcedCE
 from mechsteer.patching.activation import objective_of
 from mechsteer.prompts import Prompts
+from mechsteer.strength.completions import wilson_interval
 
 CE = TeacherForcedCE()
 """The cross entropy of "Steering Prefix Generation", section 2.3: the first 32 tokens count three times."""
@@ -112,10 +113,9 @@ def share(hits: Bool[np.ndarray, " prompt"] | Sequence[bool]) -> Estimate:
     n = len(hits)
     if n == 0:
         raise MechsteerError("share got no requests. Pass at least one.")
-    z, p = 1.959964, float(np.mean(np.asarray(hits, dtype=float)))
-    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return Estimate(p, max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale), n)
+    p = float(np.mean(np.asarray(hits, dtype=float)))
+    low, high = wilson_interval(np.array([p]), n)
+    return Estimate(p, float(low[0]), float(high[0]), n)
 
 
 def cross_entropy(model: Model, prompts: Prompts) -> Float[np.ndarray, " prompt"]:

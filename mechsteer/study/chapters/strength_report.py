@@ -5,14 +5,12 @@ from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
-import xarray as xr
 
-from mechsteer.plots import theme
-from mechsteer.plots.lines import lines
 from mechsteer.strength import ChosenAlpha
 from mechsteer.strength.shapes import SigmoidFit, fit_sigmoid
 from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Heading, Paragraph, Table
 from mechsteer.study.chapter import Findings
+from mechsteer.study.curves import estimate_lines
 from mechsteer.study.measures import Estimate, two
 
 
@@ -198,19 +196,19 @@ def _sigmoid(summary: Mapping[str, Any] | Any) -> SigmoidFit | None:
 def _target(summary: Mapping[str, Any] | Any) -> go.Figure:
     found = summary["target"] if summary["judged"] else summary["reference"]
     if summary["judged"]:
-        figure = _curve(summary, {f"that {summary['shown']}": found}, "completions", "%", 100.0, "Behaviour")
+        figure = _curve(summary, {f"that {summary['shown']}": found}, "completions", "%", "Behaviour")
         fitted = _sigmoid(summary)
         if fitted is not None:
             x = np.linspace(min(summary["alphas"]), max(summary["alphas"]), 200)
             y = 100 * (fitted.low + (fitted.high - fitted.low) / (1 + np.exp(-(x - fitted.centre) / fitted.width)))
             figure.add_scatter(x=x, y=y, mode="lines", name="sigmoid", line={"dash": "dash"}, showlegend=True)
         return figure
-    return _curve(summary, {"reference completions": found}, "cross entropy", "nats a token", 1.0, "Behaviour")
+    return _curve(summary, {"reference completions": found}, "cross entropy", "nats a token", "Behaviour")
 
 
 def _side(summary: Mapping[str, Any] | Any) -> go.Figure:
     laws, alphas = summary["laws"], np.array(summary["alphas"])
-    figure = _curve(summary, {"measured": summary["rise"]}, "rise", "nats a token", 1.0, "Side effect")
+    figure = _curve(summary, {"measured": summary["rise"]}, "rise", "nats a token", "Side effect")
     fine = np.linspace(alphas.min(), alphas.max(), 200)
     parabola = np.array([_parabola(laws, alpha) for alpha in fine])
     most = max(Estimate.of(each).high for each in summary["rise"])
@@ -221,22 +219,10 @@ def _side(summary: Mapping[str, Any] | Any) -> go.Figure:
 
 
 def _curve(
-    summary: Mapping[str, Any] | Any,
-    groups: Mapping[str, Sequence[dict[str, Any]]],
-    label: str,
-    units: str,
-    scale: float,
-    title: str,
+    summary: Mapping[str, Any] | Any, groups: Mapping[str, Sequence[dict[str, Any]]], label: str, units: str, title: str
 ) -> go.Figure:
-    def array(end: str) -> xr.DataArray:
-        values = [[scale * getattr(Estimate.of(each), end) for each in found] for found in groups.values()]
-        coords = {"line": list(groups), "alpha": summary["alphas"]}
-        about = {"long_name": label, "units": units}
-        return xr.DataArray(np.array(values), dims=("line", "alpha"), coords=coords, attrs=about, name="value")
-
-    figure = lines(array("value"), "alpha", band=(array("low"), array("high")))
-    figure.for_each_trace(lambda trace: trace.update(name=(trace.name or "").removeprefix("line=")))
-    figure.add_vline(x=summary["alpha"], line={"dash": "dash"})
-    return theme(figure).update_layout(
-        title_text=title, legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, height=380
+    """Estimates over alpha, with a line at the chosen one."""
+    figure = estimate_lines(
+        groups, summary["alphas"], x_title="alpha", y_title=label, title=title, units=units, height=380
     )
+    return figure.add_vline(x=summary["alpha"], line={"dash": "dash"})

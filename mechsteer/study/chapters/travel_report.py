@@ -3,15 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from mechsteer.plots import theme
 from mechsteer.plots.lines import lines
 from mechsteer.result import Result
 from mechsteer.study.blocks import Block, Cards, Details, Figure, Heading, Paragraph, Table
 from mechsteer.study.chapter import Findings
+from mechsteer.study.curves import estimate_lines, named_lines
 from mechsteer.study.measures import Estimate, two
 
 # Within this of c = 1 and rest = 0 a Jacobian is called nearly the identity.
@@ -318,18 +317,9 @@ def _curves(
     *,
     percent: bool = False,
 ) -> go.Figure:
-    """A line with its interval for each group."""
-    shown = {name: [Estimate.of(each) for each in found] for name, found in groups.items() if found}
-    scale = 100 if percent else 1
-
-    def array(end: str) -> xr.DataArray:
-        values = [[scale * getattr(each, end) for each in found] for found in shown.values()]
-        about = {"long_name": y_title or "value"} | ({"units": "%"} if percent else {})
-        coords = {"line": list(shown), "x": ("x", list(x), {"long_name": x_title})}
-        return xr.DataArray(np.array(values), dims=("line", "x"), coords=coords, attrs=about, name="value")
-
-    figure = lines(array("value"), "x", band=(array("low"), array("high")))
-    return _named_lines(figure, "line=", title).update_xaxes(dtick=max(1, len(x) // 12))
+    units = "%" if percent else None
+    figure = estimate_lines(groups, x, x_title=x_title, y_title=y_title, title=title, units=units)
+    return figure.update_xaxes(dtick=max(1, len(x) // 12))
 
 
 def _series(series: xr.Dataset) -> go.Figure:
@@ -341,7 +331,7 @@ def _series(series: xr.Dataset) -> go.Figure:
     last = {layer: n for layer, n in zip(share["layer"].values, _n_orders(series), strict=True)}
     share = share.where(share["order"] <= xr.DataArray([last[each] for each in share["layer"].values], dims="layer"))
     share["order"].attrs["long_name"] = "order: how many blocks acted"
-    return _named_lines(lines(share, "order"), "layer=", "Dyson series by layer").update_xaxes(dtick=1)
+    return named_lines(lines(share, "order"), "layer=", "Dyson series by layer").update_xaxes(dtick=1)
 
 
 def _n_orders(series: xr.Dataset) -> list[int]:
@@ -356,11 +346,4 @@ def _scatter(pushes: Result) -> go.Figure:
     data = data.assign_coords(before=("layer", [f"layer {layer}" for layer in data["layer"].values]))
     return Result(data).plot(
         "true change", against="predicted change", colour="before", title="True and predicted, by request"
-    )
-
-
-def _named_lines(figure: go.Figure, prefix: str, title: str) -> go.Figure:
-    figure.for_each_trace(lambda trace: trace.update(name=(trace.name or "").removeprefix(prefix)))
-    return theme(figure).update_layout(
-        title_text=title, legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, height=420
     )
