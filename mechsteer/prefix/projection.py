@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from mechsteer.interventions import SoftPrefix
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.objectives.base import one_of
+from mechsteer.prefix.constraints import Constraints
 from mechsteer.prefix.embedding_space import EmbeddingSpace
+from mechsteer.prefix.legal import Legal
 from mechsteer.prefix.loss import PrefixLoss
 from mechsteer.prefix.soft import FoundSoft
 from mechsteer.prompts import Prompts
@@ -28,6 +30,8 @@ from mechsteer.vocabulary import check_ids, token_texts
 Soft = FoundSoft | Float[Tensor, "slot d_model"]
 """A soft prefix that was found, or its embeddings."""
 METHODS = ("beam", "viterbi")
+# With constraints, so many times `top_k` tokens of a slot are looked at for `top_k` that keep to them.
+_PASSED_OVER = 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,6 +108,7 @@ def decode_beam(
     top_k: int = 16,
     by: str = "cosine",
     allowed: Sequence[int] | None = None,
+    constraints: Constraints | None = None,
     weights: Float[Tensor, " _"] | None = None,
     progress: bool = True,
 ) -> Hardened:
@@ -125,23 +130,34 @@ def decode_beam(
         beam: sequences kept by "beam". With top_k ** (slots - 1) of them the best of all combinations is found.
         top_k: tokens tried in each slot, those nearest to its embedding.
         by, allowed: see `project`.
+        constraints: tokens that would break them, or not survive as text, after what stands before are passed over for
+            the next nearest. Instead of `allowed`.
         weights: of each prompt in the mean; see `PrefixLoss`.
         progress: show a bar on standard error for what takes longer than two seconds.
 
     Raises:
-        MechsteerError: an option does not exist or is out of range, or prompts, prefix and objective do not fit.
+        MechsteerError: an option does not exist or is out of range, prompts, prefix and objective do not fit, both
+            `allowed` and `constraints` are given, or no token near the soft prefix keeps to the constraints.
     """
     began = time.perf_counter()
     one_of("method", method, METHODS)
     _positive(beam=beam, top_k=top_k)
-    exact = _Exact(model, soft, prompts, objective, weights, allowed, progress)
-    tried = exact.candidates(top_k, by)
+    if constraints is not None and allowed is not None:
+        raise MechsteerError("allowed= and constraints= are both given. Pass one of them.")
+    legal = None if constraints is None else Legal(model, model.prompts(prompts), constraints)
+    exact = _Exact(model, soft, prompts, objective, weights, legal.allowed if legal else allowed, progress)
+    tried = exact.candidates(top_k if legal is None else _PASSED_OVER * top_k, by)
     nearest = tuple(each[0] for each in tried)
     exact.of([(), nearest])
     kept: list[tuple[int, ...]] = [()]
     trail = [exact.known[()]]
-    for choices in tried:
-        longer = [(*ids, token) for ids in kept for token in choices]
+    for slot, choices in enumerate(tried):
+        longer = _extended(kept, choices, top_k, legal, last=slot + 1 == len(tried))
+        if not longer:
+            raise MechsteerError(
+                f"None of the {len(choices)} tokens nearest to slot {slot} keeps to {constraints} after any of the "
+                f"{len(kept)} beginnings. Loosen the constraints, or raise top_k."
+            )
         order = np.argsort(exact.of(longer), kind="stable")
         ranked = [longer[place] for place in order]
         if method == "beam":
@@ -153,8 +169,23 @@ def decode_beam(
             kept = list(best.values())
         trail.append(exact.known[kept[0]])
     options = {"method": method, "beam": beam, "top_k": top_k, "by": by}
-    # The nearest tokens are a sequence that was evaluated too.
-    return exact.report(nearest, trail, time.perf_counter() - began, **options)
+    # The nearest tokens are a sequence that was evaluated too, and may break what is asked of a whole prefix.
+    whole = None if legal is None else lambda ids: legal.valid([ids])[0]
+    return exact.report(nearest, trail, time.perf_counter() - began, whole, **options)
+
+
+def _extended(
+    kept: Sequence[tuple[int, ...]], choices: Sequence[int], top_k: int, legal: Legal | None, *, last: bool
+) -> list[tuple[int, ...]]:
+    """Each beginning with each of the first `top_k` choices that may follow it."""
+    longer: list[tuple[int, ...]] = []
+    for ids in kept:
+        made = [(*ids, token) for token in choices]
+        if legal is not None:
+            fine = legal.valid(made) if last else legal.begins(made)
+            made = [each for each, good in zip(made, fine, strict=True) if good]
+        longer += made[:top_k]
+    return longer
 
 
 def replace_tokens(
@@ -278,9 +309,16 @@ class _Exact:
             self.known |= dict(zip(fresh, losses.tolist(), strict=True))
         return np.array([self.known[each] for each in prefixes])
 
-    def report(self, nearest: tuple[int, ...], trail: Sequence[float], seconds: float, **options: Any) -> Hardened:
-        whole = [ids for ids in self.known if len(ids) == self.n_slots]
-        best = min(whole, key=lambda ids: self.known[ids])
+    def report(
+        self,
+        nearest: tuple[int, ...],
+        trail: Sequence[float],
+        seconds: float,
+        fine: Callable[[tuple[int, ...]], bool] | None = None,
+        **options: Any,
+    ) -> Hardened:
+        ranked = sorted((ids for ids in self.known if len(ids) == self.n_slots), key=lambda ids: self.known[ids])
+        best = next(ids for ids in ranked if fine is None or fine(ids))
         made = provenance(
             model=self._model.id, seconds=seconds, objective=repr(self._objective), ids=list(best),
             evaluations=len(self.known), prompts=self._prompts.hash, **options,

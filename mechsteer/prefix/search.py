@@ -21,8 +21,8 @@ from mechsteer.prefix import moves as make
 from mechsteer.prefix.candidates import CandidateLosses
 from mechsteer.prefix.constraints import Constraints
 from mechsteer.prefix.found import FoundPrefix, SearchFolder, found_prefix
+from mechsteer.prefix.legal import Legal
 from mechsteer.prefix.moves import MOVES, Ids
-from mechsteer.prefix.round_trip import RoundTrip
 from mechsteer.progress import bar
 from mechsteer.result import Result, provenance
 from mechsteer.vocabulary import check_ids
@@ -193,8 +193,9 @@ class _Search:
     def __post_init__(self) -> None:
         self.losses = CandidateLosses(self.model, self.prompts, self.objective, fluency=float(self.keep.fluency))
         self.losses.layout(self.keep.max_tokens or self.n_tokens)  # refused now where it does not fit the context
-        self.trip = RoundTrip(self.losses.prompts)
-        self.allowed = torch.tensor(self.keep.allowed(self.model), device=self.model.device)
+        self.legal = Legal(self.model, self.losses.prompts, self.keep)
+        self.trip = self.legal.trip
+        self.allowed = torch.tensor(self.legal.allowed, device=self.model.device)
         self.table = self.losses.table[self.allowed].double()
         self._top: tuple[Ids, list[list[int]]] = ((), [])
 
@@ -231,9 +232,9 @@ class _Search:
         state, ids = self.state, None
         if self.start is not None and not state.run and self.start not in self.seen:
             self.evaluate([self.start], self.start)
-            ids = self.start if self.valid([self.start])[0] else self._mended(self.start)
+            ids = self.start if self.legal.valid([self.start])[0] else self._mended(self.start)
         for _ in range(8):
-            if ids is not None and self.valid([ids])[0]:
+            if ids is not None and self.legal.valid([ids])[0]:
                 break
             ids = self._random(rng)
         else:
@@ -249,7 +250,7 @@ class _Search:
     def _random(self, rng: np.random.Generator) -> Ids | None:
         allowed, n = self.allowed.cpu().numpy(), min(_DRAWN, len(self.allowed))
         return make.built(
-            [rng.choice(allowed, size=n, replace=False).tolist() for _ in range(self.n_tokens)], self._fine
+            [rng.choice(allowed, size=n, replace=False).tolist() for _ in range(self.n_tokens)], self.legal.begins
         )
 
     def _mended(self, ids: Ids) -> Ids | None:
@@ -257,7 +258,7 @@ class _Search:
         legal = set(self.allowed.tolist())
         top = self.top(ids)
         ranked = [[*([token] if token in legal else []), *top[slot]] for slot, token in enumerate(ids)]
-        return make.built(ranked, self._fine)
+        return make.built(ranked, self.legal.begins)
 
     def _hotflip(self, rng: np.random.Generator) -> None:
         state = self.state
@@ -278,7 +279,7 @@ class _Search:
 
     def _mixed(self, rng: np.random.Generator) -> None:
         state = self.state
-        own = [ids for ids in self.tried[state.first :] if ids != self.start or self.valid([ids])[0]]
+        own = [ids for ids in self.tried[state.first :] if ids != self.start or self.legal.valid([ids])[0]]
         elite = sorted(own, key=self.seen.__getitem__)[:_ELITE]
         odds = 1 / (np.arange(len(elite)) + 1.0)
         if state.idle >= _PATIENCE:
@@ -358,7 +359,7 @@ class _Search:
         for loss, ids in ordered:
             if loss >= lowest:
                 break
-            if self.approved(ids):
+            if self.legal.approved(ids):
                 self.best = ids
                 break
         now = math.nan if self.best is None else self.seen[self.best]
@@ -371,35 +372,7 @@ class _Search:
     def fresh(self, candidates: Iterable[Ids]) -> list[Ids]:
         """Those that may be tried and were not."""
         new = [each for each in dict.fromkeys(candidates) if each not in self.seen]
-        return [each for each, fine in zip(new, self.valid(new), strict=True) if fine]
-
-    def valid(self, candidates: Sequence[Ids]) -> list[bool]:
-        """Whether each survives between its nearest tokens and keeps to the constraints."""
-        return self._kept(candidates, self.keep)
-
-    def _fine(self, candidates: Sequence[Ids]) -> list[bool]:
-        """The same for the beginning of a prefix."""
-        return self._kept(candidates, replace(self.keep, min_tokens=None, min_edit_distance=0))
-
-    def _kept(self, candidates: Sequence[Ids], keep: Constraints) -> list[bool]:
-        if not candidates:
-            return []
-        return [
-            placed.survives
-            and keep.violation(ids, self._text(placed), before=placed.before, after=placed.after) is None
-            for ids, placed in zip(candidates, self.trip.near(candidates), strict=True)
-        ]
-
-    def approved(self, ids: Ids) -> bool:
-        """Whether a prefix survives, and keeps to the constraints, in every whole prompt."""
-        legal = bool(torch.isin(torch.tensor(ids, device=self.allowed.device), self.allowed).all())
-        return legal and all(
-            each.survives and self.keep.violation(ids, self._text(each), before=each.before, after=each.after) is None
-            for each in self.trip.placed(ids)
-        )
-
-    def _text(self, placed: Any) -> str | None:
-        return None if self.trip.tokenizer is None else placed.text
+        return [each for each, fine in zip(new, self.legal.valid(new), strict=True) if fine]
 
     # ---- in a folder ----
 
