@@ -44,15 +44,16 @@ class RoundTrip:
 
     def __init__(self, prompts: Prompts) -> None:
         self.tokenizer: Any = prompts.tokenizer
+        self._control: set[int] = set()
+        if self.tokenizer is not None:
+            self._control = {*self.tokenizer.all_special_ids, *rendering.control_tokens(self.tokenizer)}
         right = insert(prompts.without_completions().padded("right"), where="prefix", slots=1)
         self._around: list[tuple[list[int], list[int]]] = []
         for tokens, mask, slots in zip(right.tokens, right.mask, right.slots, strict=True):
             row, at = tokens[mask].tolist(), int(slots.int().argmax())
-            self._around.append((row[:at], row[at + 1 :]))
+            self._around.append(self._readable(row[:at], row[at + 1 :]))
+        self._near_before = self._last(self._around[0][0])
         self._trims = _trims(self.tokenizer)
-        self._control: set[int] = set()
-        if self.tokenizer is not None:
-            self._control = {*self.tokenizer.all_special_ids, *rendering.control_tokens(self.tokenizer)}
         self._placed: dict[Ids, tuple[Placed, ...]] = {}
 
     def near(self, prefixes: Sequence[Ids]) -> list[Placed]:
@@ -62,8 +63,8 @@ class RoundTrip:
         """
         if self.tokenizer is None:
             return [_untold(ids) for ids in prefixes]
-        before, after = self._around[0]
-        return self._place([(before[-_NEAR:], ids, after[:_NEAR]) for ids in prefixes])
+        before, after = self._near_before, self._around[0][1][:_NEAR]
+        return self._place([(before, ids, after) for ids in prefixes])
 
     def survives(self, ids: Ids) -> tuple[bool, ...]:
         """Whether a prefix survives in each whole prompt."""
@@ -84,6 +85,30 @@ class RoundTrip:
                 same = len({each.text for each in found}) == 1
                 self._placed[ids] = tuple(replace(each, survives=each.survives and same) for each in found)
         return self._placed[ids]
+
+    def _readable(self, before: list[int], after: list[int]) -> tuple[list[int], list[int]]:
+        """What stands around a prefix, up to the nearest special tokens where more would not encode to itself again.
+
+        Some tokenizers put a blank behind every special token, and decode to text that would get a second one. Nothing
+        is ever merged across these tokens.
+        """
+        if self.tokenizer is None:
+            return before, after
+        places = [i for i, token in enumerate(before) if token in self._control]
+        if places and not self._same(before):
+            before = before[places[-1] + 1 :]
+        place = next((i for i, token in enumerate(after) if token in self._control), len(after))
+        return before, after if self._same(after[place:]) else after[:place]
+
+    def _last(self, before: list[int]) -> list[int]:
+        """A few last tokens, and as many more as they need to encode to themselves again."""
+        sizes = range(min(_NEAR, len(before)), len(before) + 1)
+        if self.tokenizer is None:
+            return before[-_NEAR:]
+        return next((part for size in sizes if self._same(part := before[len(before) - size :])), before)
+
+    def _same(self, ids: list[int]) -> bool:
+        return rendering.tokenize(self._decode([ids]), self.tokenizer).input_ids[0] == ids
 
     def _place(self, parts: Sequence[tuple[Sequence[int], Ids, Sequence[int]]]) -> list[Placed]:
         rows = [[*before, *ids, *after] for before, ids, after in parts]
