@@ -6,11 +6,13 @@
 
 - a curve: eight tokens' probabilities at 41 strengths on 16 contexts of 32 tokens, against one hooked forward pass of
   all contexts for each strength, and against one forward pass for each context with all strengths in its batch; at an
-  early, a middle and a late layer
+  early, a middle and a late layer. "operations" are the floating-point operations of the peer's matrix products over
+  those of ours: the ratio that two sides equally fast at arithmetic would show, with no overhead on either
 - Delta CE of 10^5 tokens at 21 strengths, against one hooked forward pass for each strength and batch of windows
   (timed on a tenth of the tokens); and its peak memory, in a process of its own, against that of a fifth of the tokens
-- last-token vectors at all layers from 64 pairs of shipped texts, against steering-vectors and repeng, where they are
-  installed. repeng's time includes its principal components
+- last-token vectors from the pairs of shipped texts that fit the model's context: differences of means at all layers
+  against steering-vectors, principal components against repeng, where they are installed. Peers cut no text, and
+  ours is told not to. repeng's last layer lies behind the final norm and is left out on both sides
 
 `--check` also runs the test of parity with the published recipe (`tests/parity/`) and `choose_alpha.py --check`, which
 measures the choice of a strength and takes half an hour on a core. `strength_laws.py` counts where the laws hold.
@@ -38,6 +40,7 @@ import torch
 from engine import ALPHAS, load, tokens
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mechsteer as ms
@@ -50,8 +53,10 @@ STORIES = Path(__file__).parents[2] / "shared/models/stories260K"
 N_CONTEXTS, N_TOKENS, WINDOW = 16, 8, 128
 CE_ALPHAS = np.linspace(-4, 4, 21).tolist()
 TOLERANCE = 1e-4
-# Least ratios: of the curves at all three layers, of the one at the middle layer, and of vectors to the faster peer.
+# Least ratios: of the curves at all three layers, of the one at the middle layer, and of vectors to either peer.
 LOOP, BATCHED, PEER = 3.0, 1.8, 1.0
+# Texts in a peer's batch and tokens in one of ours: on a CPU the fastest of 1 to 32 texts and of 250 to 2000 tokens.
+PEER_TEXTS, OUR_TOKENS = 4, 700
 # Most that memory may grow from a fifth of the tokens to all.
 GROWTH = 1.10
 
@@ -63,6 +68,9 @@ class Line(NamedTuple):
     ours: float
     bar: float | None
     difference: float
+    # Floating-point operations of the matrix products on either side.
+    peer_flops: float | None = None
+    our_flops: float | None = None
 
 
 def push(model: ms.Model, layer: int, seed: int = 3) -> ms.Direction:
@@ -105,16 +113,21 @@ def curve(model: ms.Model, layer: int, runs: int, *, middle: bool) -> list[Line]
         ]
         return torch.stack(rows, 1)
 
-    def ours() -> torch.Tensor:
-        result = token_curves(model, contexts, {"v": direction}, ALPHAS, tokens=ids, progress=False)
-        return torch.tensor(result["p"].values[0]).transpose(1, 2)
+    def curves() -> ms.Result:
+        return token_curves(model, contexts, {"v": direction}, ALPHAS, tokens=ids, progress=False)
 
-    ours()  # builds the packed weights, once for each model
+    def ours() -> torch.Tensor:
+        return torch.tensor(curves()["p"].values[0]).transpose(1, 2)
+
+    few = curves().provenance["options"]["flops"]  # this first run builds the packed weights, too
+    with FlopCounterMode(display=False) as counter:
+        model.hooked(contexts)
+    many = float(counter.get_total_flops() * len(ALPHAS))
     (slow, stacked, fast), (expected, again, found) = turns([loop, batched, ours], runs)
     off = max(float((found - each).abs().max()) for each in (expected, again))
     where = f"layer {layer} of {model.n_layers}"
     return [
-        Line(f"41 alphas, {where} / a hooked forward each", model.name, slow, fast, None, off),
+        Line(f"41 alphas, {where} / a hooked forward each", model.name, slow, fast, None, off, many, few),
         Line(
             f"41 alphas, {where} / a batch for each context",
             model.name,
@@ -122,6 +135,8 @@ def curve(model: ms.Model, layer: int, runs: int, *, middle: bool) -> list[Line]
             fast,
             BATCHED if middle else None,
             off,
+            many,
+            few,
         ),
     ]
 
@@ -185,58 +200,89 @@ def peak_here(name: str, n_tokens: int) -> float:
 
 
 def vectors(model: ms.Model, folder: Any, runs: int) -> tuple[list[Line], list[str]]:
-    joy = shipped()["joy"]
     plain, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     # The published recipe's special tokens are the peers' too.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    peers, skipped = {}, []
+    pairs = whole_pairs(model, tokenizer)
+    lines, skipped = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if not hasattr(np, "float_"):
             np.float_ = np.float64  # type: ignore[attr-defined]
-        for package, make in (("steering_vectors", _steering_vectors), ("repeng", _repeng)):
+        for name, make in (("steering_vectors", _steering_vectors), ("repeng", _repeng)):
             try:
-                peers[package] = make(importlib.import_module(package), plain, tokenizer, joy)
+                package = importlib.import_module(name)
             except ImportError as error:
-                skipped.append(f"{package} is not installed ({error}); left out")
-
-    def ours() -> torch.Tensor:
-        found = ms.difference_of_means(model, joy.positives, joy.negatives, tokens="last", progress=False)
-        return torch.stack([direction.vector for direction in found.values()])
-
-    ours()
-    times, values = turns([ours, *peers.values()], runs)
-    lines = []
-    fastest = min(times[1:], default=0.0)
-    for package, seconds, value in zip(peers, times[1:], values[1:], strict=True):
-        # repeng's components are no means, and have no numbers to compare.
-        off = float((value - values[0]).abs().max() / values[0].abs().max()) if value is not None else 0.0
-        bar = PEER if seconds == fastest else None
-        lines.append(Line(f"vectors at all layers / {package}", model.name, seconds, times[0], bar, off))
+                skipped.append(f"{name} is not installed ({error}); left out")
+                continue
+            work, ours, peer = make(package, model, plain, tokenizer, pairs)
+            ours()
+            (fast, slow), (found, expected) = turns([ours, peer], runs)
+            off = float((found - expected).abs().max() / found.abs().max())
+            lines.append(Line(f"{work}, {len(pairs)} pairs / {name}", model.name, slow, fast, PEER, off))
     return lines, skipped
 
 
-def _steering_vectors(package: Any, plain: Any, tokenizer: Any, concept: Any) -> Callable[[], torch.Tensor]:
-    pairs = list(zip(concept.positives, concept.negatives, strict=True))
+def whole_pairs(model: ms.Model, tokenizer: Any) -> list[tuple[str, str]]:
+    """Pairs of shipped texts that fit the model's context, each text of the same ids for us as for the peers.
 
-    def train() -> torch.Tensor:
-        made = package.train_steering_vector(plain, tokenizer, pairs, batch_size=16, show_progress=False)
+    Peers cut no text. Ours cuts where it is told and where the context ends, and the last token of a text that was cut
+    is not the last one of the text.
+    """
+    joy = shipped()["joy"]
+    pairs = [
+        pair
+        for pair in zip(joy.positives, joy.negatives, strict=True)
+        if max(map(len, tokenizer(list(pair))["input_ids"])) <= model.n_ctx
+    ]
+    texts = [text for pair in pairs for text in pair]
+    prompts = model.prompts(texts)
+    ids = [row[real].tolist() for row, real in zip(prompts.tokens, prompts.mask, strict=True)]
+    assert ids == tokenizer(texts)["input_ids"], "ours and the peers' texts have other ids"
+    return pairs
+
+
+Sides = tuple[str, Callable[[], torch.Tensor], Callable[[], torch.Tensor]]
+
+
+def _steering_vectors(package: Any, model: ms.Model, plain: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> Sides:
+    positives, negatives = map(list, zip(*pairs, strict=True))
+
+    def ours() -> torch.Tensor:
+        found = ms.difference_of_means(
+            model, positives, negatives, tokens="last", max_tokens=model.n_ctx, batch_tokens=OUR_TOKENS, progress=False
+        )
+        return torch.stack([direction.vector for direction in found.values()])
+
+    def peer() -> torch.Tensor:
+        made = package.train_steering_vector(plain, tokenizer, pairs, batch_size=PEER_TEXTS, show_progress=False)
         return torch.stack([made.layer_activations[layer] for layer in sorted(made.layer_activations)])
 
-    return train
+    return "mean differences at all layers", ours, peer
 
 
-def _repeng(package: Any, plain: Any, tokenizer: Any, concept: Any) -> Callable[[], None]:
-    rows = zip(concept.positives, concept.negatives, strict=True)
-    data = [package.DatasetEntry(positive=positive, negative=negative) for positive, negative in rows]
-    # Its wrapper changes the model that it is given, which steering-vectors uses too.
-    layers = list(range(-plain.config.num_hidden_layers, 0))
+def _repeng(package: Any, model: ms.Model, plain: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> Sides:
+    positives, negatives = map(list, zip(*pairs, strict=True))
+    data = [package.DatasetEntry(positive=positive, negative=negative) for positive, negative in pairs]
+    layers = list(range(model.n_layers - 1))
+    sites = [ms.Site("resid_post", layer) for layer in layers]
 
-    def train() -> None:
-        package.ControlVector.train(plain, tokenizer, data, hidden_layers=layers)
+    def signless(vectors: torch.Tensor) -> torch.Tensor:
+        # Its signs are votes of the pairs, ours come from their mean.
+        return vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
 
-    return train
+    def ours() -> torch.Tensor:
+        found = ms.pca(
+            model, positives, negatives, sites=sites, max_tokens=model.n_ctx, batch_tokens=OUR_TOKENS, progress=False
+        )
+        return signless(torch.stack([direction.vector for direction in found.values()]))
+
+    def peer() -> torch.Tensor:
+        made = package.ControlVector.train(plain, tokenizer, data, hidden_layers=layers, batch_size=PEER_TEXTS)
+        return signless(torch.from_numpy(np.stack([made.directions[layer] for layer in layers])))
+
+    return "components at all layers but the last", ours, peer
 
 
 def main() -> int:
@@ -266,11 +312,12 @@ def main() -> int:
             curves += curve(model, layer, arguments.runs, middle=layer == model.n_layers // 2)
             print(f"{name}, layer {layer}: curve measured", file=sys.stderr)
         loops = [each for each in curves if each.work.endswith("a hooked forward each")]
-        slow, fast = (sum(getattr(each, side) for each in loops) for side in ("peer", "ours"))
-        off = max(each.difference for each in loops)
-        curves.append(
-            Line("41 alphas, these layers together / a hooked forward each", model.name, slow, fast, LOOP, off)
+        slow, fast, many, few = (
+            sum(getattr(each, side) for each in loops) for side in ("peer", "ours", "peer_flops", "our_flops")
         )
+        off = max(each.difference for each in loops)
+        together = "41 alphas, these layers together / a hooked forward each"
+        curves.append(Line(together, model.name, slow, fast, LOOP, off, many, few))
         lines += curves
         if name != "gpt2-small":  # random weights of 124 M parameters, and no tokenizer
             lines.append(cross_entropy(model, arguments.tokens))
@@ -282,7 +329,7 @@ def main() -> int:
             skipped += absent
         print(f"{name} measured", file=sys.stderr)
     table = Table(title=f"mechsteer.strength, median of {arguments.runs}")
-    for column in ("work / peer", "model", "peer, s", "ours, s", "ratio", "bar", "difference"):
+    for column in ("work / peer", "model", "peer, s", "ours, s", "ratio", "operations", "bar", "difference"):
         table.add_column(column)
     missed = False
     for each in lines:
@@ -291,13 +338,16 @@ def main() -> int:
         missed |= bad
         table.add_row(
             each.work, each.model, f"{each.peer:.3f}", f"{each.ours:.3f}", f"{ratio:.1f}{' missed' if bad else ''}",
+            "" if not each.peer_flops or not each.our_flops else f"{each.peer_flops / each.our_flops:.1f}",
             "" if each.bar is None else f"{each.bar:g}", f"{each.difference:.1e}",
         )  # fmt: skip
     for name, small, large in memory:
         bad = large > GROWTH * small
         missed |= bad
         shown = f"{large / small:.2f} times{' missed' if bad else ''}"
-        table.add_row("peak MB of Delta CE, all tokens / a fifth", name, f"{small:.0f}", f"{large:.0f}", shown, "", "")
+        table.add_row(
+            "peak MB of Delta CE, all tokens / a fifth", name, f"{small:.0f}", f"{large:.0f}", shown, "", "", ""
+        )
     Console(width=150).print(table)
     for note in dict.fromkeys(skipped):
         print(note)

@@ -3,7 +3,7 @@
 from mechsteer.judges.agreement import agreement
 from mechsteer.judges.judge import Judge
 from mechsteer.judges.models import TEMPLATE, classifier_judge, yes_no_judge
-from mechsteer.judges.words import NO_JUDGE, judge_of, lexicon_judge, mood_judge, topic_judge
+from mechsteer.judges.words import NO_JUDGE, judge_of, lexicon_judge, mood_judge, telltale_words, topic_judge
 
 __all__ = [
     "NO_JUDGE",
@@ -14,6 +14,7 @@ __all__ = [
     "judge_of",
     "lexicon_judge",
     "mood_judge",
+    "telltale_words",
     "topic_judge",
     "yes_no_judge",
 ]

@@ -9,6 +9,7 @@ from mechsteer.pocket.labeller import label
 from mechsteer.pocket.lexicon import TOPICS
 from mechsteer.pocket.wordings import MOOD_WORDS, MOODS
 
+_PLURAL = re.compile(r"(?:ies|(?<=[cs]h)es|(?<!s)s)$")
 NO_JUDGE = (
     "Whether a completion shows the behaviour is not judged, because the prefix names no topic or mood that the pocket "
     'model\'s labeller knows. Give words that show it, for example --words "cat,cats,kitten".'
@@ -25,17 +26,33 @@ def judge_of(prefix: str, words: Sequence[str] = ()) -> Judge | None:
     """
     if words:
         return lexicon_judge(words)
+    topics = topics_of(prefix)
+    if len(topics) == 1:
+        return topic_judge(topics[0])
+    moods = [mood for mood, wordings in MOODS.items() if _names(prefix, *wordings.seen, *wordings.held_out)]
+    return mood_judge(moods[0]) if len(moods) == 1 and not topics else None
+
+
+def topics_of(prefix: str) -> list[str]:
+    """The topics of the pocket language that an instruction names, or hints at with two words."""
     hinted = label(prefix).topics
-    topics = [
+    return [
         topic.name
         for topic in TOPICS.values()
         # One word that is not the name, such as "stars", may mean anything.
         if _names(prefix, topic.name, *topic.aliases) or hinted.get(topic.name, 0) >= 2
     ]
-    if len(topics) == 1:
-        return topic_judge(topics[0])
-    moods = [mood for mood, wordings in MOODS.items() if _names(prefix, *wordings.seen, *wordings.held_out)]
-    return mood_judge(moods[0]) if len(moods) == 1 and not topics else None
+
+
+def telltale_words(prefix: str) -> tuple[str, ...]:
+    """Words with which a text would say what an instruction asks for, to be forbidden where it shall not say so.
+
+    These are the instruction's own words of more than three letters, and every name of a topic of the pocket language
+    that it names; without endings of the plural, so that as parts of words they stand for both forms.
+    """
+    texts = [prefix, *(each for topic in topics_of(prefix) for each in (topic, *TOPICS[topic].aliases))]
+    found = (word for text in texts for word in re.findall(r"[^\W\d_]+", text.casefold()) if len(word) > 3)
+    return tuple(dict.fromkeys(_PLURAL.sub("", word) for word in found))
 
 
 def topic_judge(topic: str) -> Judge:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 
 from mechsteer.errors import MechsteerError
@@ -27,6 +28,8 @@ from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
 from mechsteer.vocabulary import insert, token_texts
 
+# Looks, ten steps apart, without a better loss on the validation prompts after which a soft prefix is done.
+_PATIENCE = 3
 STAGES = ("soft", "projected", "beam", "final")
 FORMAT, VERSION = "match", 1
 _FILE, _SOFT, _FOUND, _STAGES = "match.json", "soft.safetensors", "found.safetensors", "stages.safetensors"
@@ -102,14 +105,16 @@ def match_prefix(
     evaluations: int = 1000,
     soft_steps: int = 100,
     n_restarts: int = 3,
+    init: str = "random tokens",
     beam: int = 4,
     top_k: int = 8,
     constraints: Constraints | None = None,
+    validation: Prompts | None = None,
     held_out: Prompts | None = None,
     held_out_objective: Objective | None = None,
     seed: int = 0,
     progress: bool = True,
-    tell: Callable[[str, float, str], None] | None = None,
+    tell: Callable[[str, int, float, str], None] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> MatchedPrefix:
     """Words that do what a target says: the pipeline of "Steering Prefix Generation", section 4.3, with a beam in it.
@@ -117,9 +122,9 @@ def match_prefix(
         prompts = ms.Prompts.from_chats(requests, model, slots=6, completions=reference_completions)
         match = match_prefix(model, prompts, ms.TeacherForcedCE(), constraints=Constraints(forbidden_words=("cat",)))
 
-    A soft prefix is optimised from the mean embedding, `decode_beam` makes tokens of it slot by slot, and
-    `search_prefix` goes on from these. Each stage keeps to the constraints: the soft prefix has no tokens to break them
-    with, the projection and the beam choose among those that keep to them, and the search evaluates no others.
+    A soft prefix is optimised, `decode_beam` makes tokens of it slot by slot, and `search_prefix` goes on from these.
+    Each stage keeps to the constraints: the soft prefix has no tokens to break them with, the projection and the beam
+    choose among those that keep to them, and the search evaluates no others.
 
     Args:
         model: what to run.
@@ -132,13 +137,18 @@ def match_prefix(
         evaluations: prefixes of tokens, those of the beam included, whose exact loss is computed.
         soft_steps: steps of the soft prefix.
         n_restarts: soft prefixes side by side, of which the best goes on.
+        init: of the soft prefix; "random tokens" or "mean". See `EmbeddingSpace.starts`.
         beam, top_k: of `decode_beam`.
         constraints: on the tokens; None for none but to survive as text.
-        held_out: other prompts, on which each stage is measured and nothing is chosen.
+        validation: other prompts, which say when the soft prefix stops, and which one is best. Without them it learns
+            the completions by heart: few requests have fewer tokens than it has numbers.
+        held_out: yet other prompts, on which each stage is measured and nothing is chosen.
         held_out_objective: for these; None for `objective`.
         seed: of all draws.
         progress: show bars on standard error for what takes longer than two seconds.
-        tell: called with the stage, its best loss so far and its text, after each stage and while the search goes on.
+        tell: called with the stage, the prefixes of tokens evaluated so far, the stage's best loss and its text: after
+            each stage, also one that an earlier call finished, and while the search goes on. While the soft prefix is
+            optimised, and when the beam begins, the loss is NaN, and the text one line on where that stands.
         out: a folder. A match that was stopped goes on from the last finished stage, the search from where it was.
 
     Returns:
@@ -155,7 +165,7 @@ def match_prefix(
     size = n_tokens or given.n_slots
     if not size or size < 1:
         raise MechsteerError("How long the prefix is to be is not said. Pass n_tokens=, or prompts with slots.")
-    most = 2 + top_k + (size - 1) * beam * top_k
+    most = beam_evaluations(size, beam=beam, top_k=top_k)
     if evaluations <= most:
         raise MechsteerError(
             f"evaluations={evaluations} are used up by a beam of {beam} x {top_k} over {size} slots, which may take "
@@ -164,19 +174,29 @@ def match_prefix(
     keep = constraints or Constraints()
     slotted = insert(given, where="prefix", slots=size)
     options = {
-        "n_tokens": size, "soft_steps": soft_steps, "n_restarts": n_restarts, "beam": beam, "top_k": top_k,
-        "constraints": repr(keep), "seed": seed,
+        "n_tokens": size, "soft_steps": soft_steps, "n_restarts": n_restarts, "init": init, "beam": beam,
+        "top_k": top_k, "constraints": repr(keep), "seed": seed,
+        "validation": None if validation is None else validation.hash,
     }  # fmt: skip
     text = json.dumps([model.id.hash, slotted.hash, repr(objective), options])
     store = None if out is None else _Folder(Path(out), sha256(text.encode()).hexdigest())
-    say = tell or (lambda stage, loss, text: None)
+    say = tell or (lambda stage, done, loss, text: None)
 
+    trained, stopped_by = slotted, None
+    if validation is not None:
+        trained = Prompts.concat([slotted, insert(model.prompts(validation), where="prefix", slots=size)])
+        stopped_by = range(len(slotted), len(trained))
     soft = store.soft(model) if store else None
-    if soft is None:
+    if soft is not None:
+        _check_same(
+            soft, PrefixLoss(model, trained, objective, n_prefixes=len(soft.restarts), rows=stopped_by), out
+        )  # fmt: skip
+    else:
         allowed = keep.allowed(model)
         soft = optimise_soft_prefix(
-            model, slotted, objective, n_restarts=n_restarts, steps=soft_steps, init="mean", allowed=allowed, seed=seed,
-            progress=progress, tell=lambda line: say("soft", float("nan"), line),
+            model, trained, objective, n_restarts=n_restarts, steps=soft_steps, init=init, allowed=allowed,
+            held_out=stopped_by or (), patience=_PATIENCE, seed=seed, progress=progress,
+            tell=lambda line: say("soft", 0, float("nan"), line),
         )  # fmt: skip
         if soft.interrupted:
             raise KeyboardInterrupt
@@ -186,27 +206,29 @@ def match_prefix(
     rows = store.rows() if store else {}
     if "beam" not in rows:
         nearest = project(model, soft, allowed=keep.allowed(model))
+        say("beam", 0, float("nan"), "making tokens of the soft prefix")
         hard = decode_beam(
             model, soft, slotted, objective, beam=beam, top_k=top_k, constraints=keep, progress=progress
         )  # fmt: skip
         at = float(losses.of([nearest])[0])
+        rows["soft"] = {"ids": None, "loss": hard.soft_loss, "evaluated": 0}
         rows["projected"] = {"ids": list(nearest), "loss": at, "evaluated": 1}
-        # The soft prefix alone is no prefix of tokens.
-        rows["beam"] = {"ids": list(hard.ids), "loss": hard.loss, "evaluated": hard.evaluations - 1}
+        # Among what the beam evaluated are the soft prefix alone, which is none of tokens, and the projection.
+        rows["beam"] = {"ids": list(hard.ids), "loss": hard.loss, "evaluated": hard.evaluations - 2}
         if store:
             store.keep_rows(rows)
-    for stage in ("projected", "beam"):
-        say(stage, rows[stage]["loss"], "".join(token_texts(model, rows[stage]["ids"])))
-    spent = rows["beam"]["evaluated"]
+    spent = rows["projected"]["evaluated"] + rows["beam"]["evaluated"]
+    for stage, done in (("soft", 0), ("projected", 1), ("beam", spent)):
+        say(stage, done, rows[stage]["loss"], "".join(token_texts(model, rows[stage]["ids"] or ())))
     found = search_prefix(
         model, slotted, objective, start=rows["beam"]["ids"], evaluations=evaluations - spent, constraints=keep,
-        seed=seed, progress=progress, tell=lambda done, loss, text: say("final", loss, text),
+        seed=seed, progress=progress, tell=lambda done, loss, text: say("final", spent + done, loss, text),
         out=None if store is None else store.path / "search",
     )  # fmt: skip
     rows["final"] = {
         "ids": list(found.ids), "loss": float(losses.of([found.ids])[0]), "evaluated": found.evaluated,
     }  # fmt: skip
-    rows["soft"] = {"ids": None, "loss": soft.loss, "evaluated": 0}
+    say("final", spent + found.evaluated, rows["final"]["loss"], found.text)
     other = None
     if held_out is not None:
         other = _held_out(model, held_out, held_out_objective or objective, soft, rows, size)
@@ -219,6 +241,23 @@ def match_prefix(
     if out is not None:
         match.save(out)
     return match
+
+
+def beam_evaluations(n_tokens: int, *, beam: int = 4, top_k: int = 8) -> int:
+    """How many prefixes of tokens `match_prefix` evaluates at most before its search: the beam's and the projection."""
+    return 2 + top_k + (n_tokens - 1) * beam * top_k
+
+
+def _check_same(soft: FoundSoft, losses: PrefixLoss, out: str | os.PathLike[str] | None) -> None:
+    """Raise `MechsteerError` unless the soft prefix has the losses that it had: what an objective compares with, such
+    as the states of `StateMatch`, is no part of its name."""
+    eps = torch.finfo(soft.restarts.dtype).eps
+    now = losses(soft.restarts.to(losses.prompts.tokens.device)).to(soft.losses)
+    if not torch.allclose(now, soft.losses, rtol=8 * eps, atol=max(1e-4, 8 * eps)):
+        raise MechsteerError(
+            f"{out} holds a match of another objective: its soft prefix has the loss {float(now.min()):.4g} here, and "
+            f"had {soft.loss:.4g}. Choose another folder for out=, or delete this one."
+        )
 
 
 def _held_out(

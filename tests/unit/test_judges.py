@@ -20,6 +20,7 @@ from mechsteer.judges import (
     classifier_judge,
     lexicon_judge,
     mood_judge,
+    telltale_words,
     topic_judge,
     yes_no_judge,
 )
@@ -259,3 +260,23 @@ def test_agreement_and_kappa_are_counted(tmp_path: Path) -> None:
 def test_too_little_to_agree_on(judges: Any, texts: Any, options: Any, message: str) -> None:
     with pytest.raises(ms.MechsteerError, match=message):
         agreement(judges, texts, **options)
+
+
+# --- what a text shall not say
+
+
+@pytest.mark.parametrize("topic", ["cats", "chess", "baking", "weather"])
+def test_telltale_words_are_in_every_name_of_the_topic(topic: str) -> None:
+    from mechsteer.pocket.lexicon import TOPICS
+
+    words = telltale_words(f"Talk only about {topic}.")
+    assert {"talk", "only", "about"} <= set(words)
+    for name in (topic, *TOPICS[topic].aliases):
+        assert any(word in name for word in words), name
+        assert any(word in name.removesuffix("s") for word in words) or name.endswith("ss"), name
+
+
+def test_telltale_words_of_an_instruction_without_a_topic_are_its_own() -> None:
+    assert telltale_words("Praise the lazy Mosses, the dishes and the bus to glass!") == (
+        "praise", "lazy", "mosse", "dish", "glass",
+    )  # fmt: skip
