@@ -13,10 +13,13 @@ feature at the decision token) and after (share of greedy answers that are about
   a prefix that raises a feature's dot product)
 - *clamp*, *clamp x2.5*: the feature held, at all tokens, at what its 90 % quantile is on the topic's answers
 
-and whether the feature is *why* the instruction works, by the cross entropy of the instruction's own answers: *needed*,
-the share of its effect that goes when the feature is held, token by token, at what it is without the instruction;
-*enough*, the share that comes without the instruction when the feature is what it is with it. The same of the 64
-features that attribution puts first, of all features, and of the whole state at these tokens of this layer.
+and whether the feature is *why* each prompt works, by what is said with the prompt and the feature *held back*, at all
+tokens, at its mean over the answers without the instruction. And whether it is why the instruction works, by the cross
+entropy of the instruction's own answers: *needed*, the share of its effect that goes when the feature is held, token by
+token, at what it is without the instruction; *enough*, the share that comes without the instruction when the feature is
+what it is with it. The same of the 64 features that attribution puts first (with the gradient without the instruction,
+where features do not stand in for each other; and with the gradient under it), of all features, and of the whole state
+at these tokens of this layer.
 
 Means over topics and correlations have 95 % intervals from resampling topics.
 """
@@ -45,8 +48,10 @@ from mechsteer.vocabulary import insert
 
 NEW_TOKENS, SLOTS, TOKENS, MANY = 24, 4, 3, 64
 N_SEARCH = 9  # requests that prefixes are searched on
-ONE, FIRST = "the feature", f"the {MANY} that attribution puts first"
-PARTS = (ONE, FIRST, "all features", "whole state")
+ONE, FIRST = "the feature", f"{MANY} by attribution without it"
+UNDER = f"{MANY} by attribution under it"
+PARTS = (ONE, FIRST, UNDER, "all features", "whole state")
+PROMPTS = ("instruction", "soft prefix", "searched tokens")
 REWARD = -ms.TeacherForcedCE(first=0)
 
 
@@ -88,14 +93,24 @@ def case(model: ms.Model, sae: ms.SparseAutoencoder, topic: str, steps: int) -> 
         model, sae, feature, held_out.plain, pushes, shows=topic_judge(topic).many, max_new_tokens=NEW_TOKENS,
         progress=False,
     )  # fmt: skip
-    first = rank_by_attribution(
-        model, sae, search.told_answered, against=search.plain_answered, measure=REWARD, n=MANY, progress=False
-    )
-    shares = mediation(
-        model, sae, {ONE: [feature], FIRST: first["feature"].values.tolist()}, held_out.told_answered,
-        held_out.plain_answered, measure=REWARD, progress=False,
+    own = model.generate(search.plain, max_new_tokens=NEW_TOKENS, progress=False)
+    rest = float(token_features(model, sae, own, [feature])[..., 0][own.span("completion")].mean())
+    back = {name: (pushes[name][0], [*pushes[name][1], ms.SetFeature(sae, feature, rest)]) for name in PROMPTS}
+    held_back = activation_and_behaviour(
+        model, sae, feature, held_out.plain, back, shows=topic_judge(topic).many, max_new_tokens=NEW_TOKENS,
+        progress=False,
     )  # fmt: skip
-    row = {"feature": feature, "auroc": float(ranked["auroc"][0]), "tokens": hard.text}
+    sides = {FIRST: (search.plain_answered, search.told_answered), UNDER: (search.told_answered, search.plain_answered)}
+    sets = {
+        name: rank_by_attribution(model, sae, here, against=there, measure=REWARD, n=MANY, progress=False)
+        for name, (here, there) in sides.items()
+    }
+    shares = mediation(
+        model, sae, {ONE: [feature]} | {name: each["feature"].values.tolist() for name, each in sets.items()},
+        held_out.told_answered, held_out.plain_answered, measure=REWARD, progress=False,
+    )  # fmt: skip
+    row = {"feature": feature, "auroc": float(ranked["auroc"][0]), "tokens": hard.text, "rest": rest}
+    row["back"] = held_back.data["behaviour"].mean("prompt").sel(push=list(PROMPTS)).values
     return moved, row | {share: shares[share].sel(part=list(PARTS)).values for share in ("needed", "enough")}
 
 
@@ -106,7 +121,7 @@ def _mean(values: list[float] | np.ndarray, digits: int = 2) -> str:
 
 
 def report(console: Console, cases: dict[str, ms.Result], rows: dict[str, dict[str, Any]]) -> ms.Result:
-    """Prints the three tables."""
+    """Prints the three tables: levels, why, and moves."""
     results = {reads: agreement(cases, reads=reads) for reads in ("activation", "pre_activation")}
     pushes = next(iter(cases.values()))["push"].values.tolist()
 
@@ -125,18 +140,25 @@ def report(console: Console, cases: dict[str, ms.Result], rows: dict[str, dict[s
     table.add_row("all", "", "", *(_mean(together[:, place]) for place in range(len(pushes))), style="bold")
     console.print(table)
 
-    title = f"is it why? {', '.join(PARTS)}"
-    why = Table("topic", "needed", "enough", "searched tokens", title=title)
+    title = f"is it why? {', '.join(PARTS)}; and answers on the topic with the feature held back: {', '.join(PROMPTS)}"
+    why = Table("topic", "needed", "enough", "searched tokens", "held back", title=title)
     for topic, row in rows.items():
-        each = ["  ".join(f"{share:.2f}" for share in row[name]) for name in ("needed", "enough")]
-        why.add_row(topic, *each, repr(row["tokens"]))
+        each = ["  ".join(f"{share:.2f}" for share in row[name]) for name in ("needed", "enough", "back")]
+        why.add_row(topic, *each[:2], repr(row["tokens"]), each[2])
     for place, part in enumerate(PARTS):
         each = [_mean([row[name][place] for row in rows.values()]) for name in ("needed", "enough")]
         why.add_row(part, *each, style="bold")
+    for place, name in enumerate(PROMPTS):
+        free = together[:, pushes.index(name)]
+        held = np.array([row["back"][place] for row in rows.values()])
+        why.add_row(f"{name}: held back", _mean(held), f"falls by {_mean(free - held)}", style="bold")
     console.print(why)
 
-    title = "correlation of feature moved with behaviour moved"
-    numbers = Table("pushes", *(reads.replace("_", "-") for reads in results), title=title)
+    title = (
+        "feature moved, as a share of the topic's largest move, against share of answers moved; and their correlation"
+    )
+    numbers = Table("pushes", "feature", "behaviour", *(reads.replace("_", "-") for reads in results), title=title)
+    moved = results["activation"].data
     for place, push in enumerate(["all", *pushes[1:]]):
         each = []
         for result in results.values():
@@ -147,7 +169,11 @@ def report(console: Console, cases: dict[str, ms.Result], rows: dict[str, dict[s
                 for end in ("", "_low", "_high")
             ]
             each.append("{:.2f} ({:.2f} to {:.2f})".format(*ends))
-        numbers.add_row(push, *each)
+        means = [
+            "" if push == "all" else _mean(moved[name].sel(push=push).values)
+            for name in ("share_moved", "behaviour_moved")
+        ]
+        numbers.add_row(push, *means, *each)
     console.print(numbers)
     return results["activation"]
 

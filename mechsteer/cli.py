@@ -20,6 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog="[bold]Examples[/]\n\n"
     '  mechsteer study "Talk only about cats." --out study-cats\n\n'
+    '  mechsteer prefix "Talk only about cats." --out prefix-cats\n\n'
     "  mechsteer pocket try\n\n"
     "Each command explains itself: mechsteer study --help",
     pretty_exceptions_enable=False,
@@ -89,9 +90,7 @@ def study(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell nothing on the way.")] = False,
 ) -> None:
     """Study what a prefix does to a model, where it enters and what else does the same: one report, with the data."""
-    if text is not None and prefix is not None:
-        raise MechsteerError(f"the prefix is given twice, as {text!r} and as --prefix {prefix!r}: give one of them")
-    about = text if text is not None else _text_or_file(PREFIX if prefix is None else prefix)
+    about = _prefix(text, prefix)
     console = Console()
     with Console(stderr=True).status("starting") if not quiet else nullcontext():
         from mechsteer.study import study as run_study
@@ -120,6 +119,104 @@ def study(
         webbrowser.open(done.report.resolve().as_uri())
     if done.failures:
         raise typer.Exit(1)
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    '  mechsteer prefix "Talk only about cats." --out prefix-cats\n\n'
+    '  mechsteer prefix "Talk only about cats." --tokens 6 --evaluations 400 --steps 60 --characters ascii\n\n'
+    '  mechsteer prefix "Sound gloomy." --forbid "gloom,sad" --target state:3 --out gloomy\n\n'
+    '  mechsteer prefix "Once there was a cat." --model gpt2 --requests mine.txt --fluency 0.1 --out mine\n\n'
+    "The same command on the same folder goes on where it was stopped; where it is finished, it shows what came out. "
+    "Exit status: 0 done, 2 a mistake in what was asked or nothing allowed was found, 130 stopped with Ctrl-C.",
+)
+def prefix(
+    text: Annotated[
+        str | None, typer.Argument(metavar="PREFIX", help=f'What to say in other words. Default: "{PREFIX}"')
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder: new, empty, or this search's.")] = Path("prefix"),
+    model: Annotated[str, typer.Option(help='"pocket", "pocket-1l", a hub name, or a folder.')] = "pocket",
+    prefix: Annotated[str | None, typer.Option(help="The same as PREFIX, or a file that holds it.")] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help="A .txt file with one request a line, or a .jsonl file. Default: shipped ones.")
+    ] = None,
+    words: Annotated[
+        str, typer.Option(help='Words that show the behaviour, such as "cat,cats", for prefixes of no known topic.')
+    ] = "",
+    tokens: Annotated[int | None, typer.Option(min=1, help="How many. Default: as many as PREFIX has.")] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="Prefixes whose exact loss is computed.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Of the soft prefix that the search begins with.")] = 100,
+    restarts: Annotated[int, typer.Option(min=1, help="Soft prefixes side by side, of which the best goes on.")] = 3,
+    forbid: Annotated[
+        str | None,
+        typer.Option(
+            help='What the answer may not hold, in any casing and in pieces, such as "cat,feline"; or "none". Default: '
+            "the words of PREFIX and, where that names a topic of the pocket model, of its name and aliases."
+        ),
+    ] = None,
+    characters: Annotated[
+        str, typer.Option(help='Of the answer: "ascii", "printable", a script such as "latin", or "any".')
+    ] = "printable",
+    fluency: Annotated[
+        float, typer.Option(min=0, help="Weight of the answer's own surprise (nats a token) in the search.")
+    ] = 0.0,
+    target: Annotated[
+        str,
+        typer.Option(
+            help='What is matched: "behaviour", the completions with PREFIX; "state:LAYER", the residual stream behind '
+            'a block at the last token; "feature:NUMBER" of the shipped autoencoder, to be raised there.'
+        ),
+    ] = "behaviour",
+    samples: Annotated[int, typer.Option(min=1, help="Completions drawn for each held-out request.")] = 4,
+    transfer: Annotated[
+        str | None,
+        typer.Option(
+            help='A model with the same tokenizer to try the prefixes on; or "none". Default: for a pocket model the '
+            "other one."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help='"cpu", "cuda", ... Default: CUDA where there is one.')] = None,
+    dtype: Annotated[str, typer.Option(help='Of the weights: "float32", "bfloat16", ...')] = "float32",
+    seed: Annotated[int, typer.Option(min=0, help="Of all randomness.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the completions.")] = 40,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell nothing on the way.")] = False,
+) -> None:
+    """Say a prefix in other words: tokens that do the same without saying it, measured on requests not searched on."""
+    about = _prefix(text, prefix)
+    if forbid is not None and not _names(forbid):
+        raise MechsteerError('--forbid is empty: give words such as "cat,feline", or none')
+    with Console(stderr=True).status("starting") if not quiet else nullcontext():
+        from mechsteer.study.rewording import Options, reword
+        from mechsteer.study.watch import outcome
+    done = reword(
+        about,
+        out=out,
+        model=model,
+        requests=requests,
+        words=_names(words),
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        options=Options(
+            tokens=tokens,
+            evaluations=evaluations,
+            steps=steps,
+            restarts=restarts,
+            forbid=None if forbid is None else () if forbid.strip() == "none" else tuple(_names(forbid)),
+            characters=None if characters == "any" else characters,
+            fluency=fluency,
+            target=target,
+            samples=samples,
+            transfer=transfer,
+        ),
+        progress=not quiet,
+    )
+    if quiet:
+        typer.echo(done.text)
+        return
+    for part in outcome(done):
+        Console().print(part, soft_wrap=isinstance(part, Text))
 
 
 @pocket.command(
@@ -288,6 +385,13 @@ def _model_folder(name: str) -> Path:
     if not (folder / "config.json").is_file():
         raise MechsteerError(f'{name} is neither "pocket", "pocket-1l" nor a folder with a config.json')
     return folder
+
+
+def _prefix(text: str | None, prefix: str | None) -> str:
+    """The prefix of a command that takes it as an argument and as an option."""
+    if text is not None and prefix is not None:
+        raise MechsteerError(f"the prefix is given twice, as {text!r} and as --prefix {prefix!r}: give one of them")
+    return text if text is not None else _text_or_file(PREFIX if prefix is None else prefix)
 
 
 def _text_or_file(value: str) -> str:

@@ -193,6 +193,28 @@ class Model:
             raise MechsteerError(f"{self.name} has a hook point {silent[0]}, but never runs it. Choose another site.")
         return rows, taken
 
+    def states_at(
+        self, prompts: Prompts, sites: Iterable[SiteLike] | SiteLike, where: Bool[Tensor, "batch pos"]
+    ) -> dict[Site, Float[Tensor, "row ..."]]:
+        """What `run(prompts, record=sites).activations.at(where)` gives, where it can from the packed forward pass, in
+        less time and memory. No gradients.
+
+        Raises:
+            MechsteerError: as `run`, or `where` has another shape than the prompts or marks padding.
+        """
+        given, points = self.prompts(prompts), self.sites(sites)
+        check_where(where, given)
+        right = given.padded("right")
+        self.check_slots(right, ())
+        marked = _relaid(where.to(right.mask.device), given, right)
+        plain = bool(marked.any()) and not backends.is_hooked(self.hooked) and backends.covers(self.hooked, points)
+        decoder = self.decoder if plain else None
+        if decoder is None:
+            recorded = self.run(right, record=points, logits="none").activations.at(marked)
+            return {site: recorded[site] for site in points}
+        with torch.no_grad():
+            return backends.states_at(decoder, right, points, marked)
+
     def generate(
         self,
         prompts: PromptsLike,

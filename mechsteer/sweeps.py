@@ -423,7 +423,9 @@ def _digest(value: Any, seen: dict[int, str]) -> str:
     """A text that differs where the value does; tensors by their bytes, objects by their fields."""
     if isinstance(value, Tensor):
         if id(value) not in seen:
-            raw = value.detach().cpu().contiguous().view(torch.uint8).numpy().data if value.numel() else b""
+            # Axes of size 1 may have any stride, and a number has no axis: neither can be viewed as bytes as it is.
+            flat = value.detach().cpu().contiguous().as_strided((value.numel(),), (1,))
+            raw = flat.view(torch.uint8).numpy().data if len(flat) else b""
             seen[id(value)] = f"{tuple(value.shape)}{value.dtype}{hashlib.sha256(raw).hexdigest()}"
         return seen[id(value)]
     if isinstance(value, Prompts):

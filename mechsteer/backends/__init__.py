@@ -7,7 +7,7 @@ import gc
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsteer.errors import ModelLoadError
+from mechsteer.prompts import Prompts
+from mechsteer.site import Site
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -83,6 +85,11 @@ def hooks(hooked: Any, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]]) -> I
         for point, handle in points:
             handle.hook.remove()
             point.fwd_hooks.remove(handle)
+
+
+def is_hooked(hooked: Any) -> bool:
+    """Whether someone's own hooks are attached, which only a forward pass of the hooked model obeys."""
+    return any(point.fwd_hooks for point in hooked.hook_dict.values())
 
 
 def logits_at(
@@ -209,6 +216,22 @@ def build_decoder(hooked: Any) -> Any:
         )
         return None
     return built
+
+
+def covers(hooked: Any, sites: Iterable[Site]) -> bool:
+    """Whether a packed forward pass has these sites' activations; see `mechsteer.backends.states.covers`."""
+    from mechsteer.backends import states
+
+    return states.covers(hooked.cfg, sites)
+
+
+def states_at(
+    decoder: Any, prompts: Prompts, sites: Sequence[Site], where: Bool[Tensor, "batch pos"]
+) -> dict[Site, Float[Tensor, "row ..."]]:
+    """Activations at some tokens from the packed forward pass; see `mechsteer.backends.states.states_at`."""
+    from mechsteer.backends import states
+
+    return states.states_at(decoder, prompts, sites, where)
 
 
 def hub_folder(name: str, *, shipped: tuple[str, ...] = ()) -> Path:

@@ -51,24 +51,26 @@ def difference_of_means(
         tokens: "all"; "last", each text's last token before any completion; a span's name such as "user"; or a pair of
             masks in the layout of `positives` and `negatives`.
         normalise: whether to scale each vector to length 1.
-        max_tokens: of a text, BOS included.
+        max_tokens: of a text, BOS included; the rest of it, and what the context has no room for, is cut.
         batch_tokens: at most this many tokens in a batch, padding included.
         progress: whether to show a bar where it takes long.
 
     Returns:
-        One Direction for each site; its origin holds counts and the norms of both means.
+        One Direction for each site; its origin holds counts and the norms of both means. Of texts it counts those that
+        were cut, too: the last token of such a text is not the one that it ends in.
 
     Raises:
         MechsteerError: a text is empty or has none of the tokens asked for, or a site does not exist.
     """
     where = _sites(model, sites)
     means, about = [], []
-    for group, texts, chosen in _groups(model, {"positives": positives, "negatives": negatives}, tokens, max_tokens):
+    given = {"positives": positives, "negatives": negatives}
+    for group, texts, chosen, known in _groups(model, given, tokens, max_tokens):
         sums: dict[Site, Tensor] = {}
         for _, rows in _means_of_texts(model, texts, where, chosen, batch_tokens, group, progress):
             sums = {site: rows[site].sum(0) + sums.get(site, 0.0) for site in where}
         means.append({site: sums[site] / len(texts) for site in where})
-        about.append({"texts": len(texts), "tokens": int(chosen.sum()), "prompts": texts.hash})
+        about.append(known)
     made = {}
     for site in where:
         both = {"positives": means[0][site], "negatives": means[1][site]}
@@ -117,7 +119,7 @@ def pca(
 
     Returns:
         One Direction for each site with k orthonormal vectors, the strongest first; its origin holds the share of the
-        rows' squared length that each explains.
+        rows' squared length that each explains, and counts as in `difference_of_means`.
 
     Raises:
         MechsteerError: groups differ in size, the rows span fewer than k dimensions, or as in `difference_of_means`.
@@ -126,9 +128,9 @@ def pca(
     if negatives is not None:
         given["negatives"] = negatives
     groups, about = [], {}
-    for group, texts, chosen in _groups(model, given, tokens, max_tokens):
+    for group, texts, chosen, known in _groups(model, given, tokens, max_tokens):
         groups.append(_rows_of_texts(model, texts, where, chosen, batch_tokens, group, progress))
-        about[group] = {"texts": len(texts), "tokens": int(chosen.sum()), "prompts": texts.hash}
+        about[group] = known
     if len({count["texts"] for count in about.values()}) > 1:
         counts = " and ".join(f"{count['texts']} {name}" for name, count in about.items())
         raise MechsteerError(f"pca got {counts}, but takes pairs. Pass as many of both, or positives alone.")
@@ -167,7 +169,7 @@ def text_means(
         MechsteerError: as in `difference_of_means`.
     """
     where = _sites(model, sites)
-    ((group, prompts, chosen),) = _groups(model, {"texts": texts}, tokens, max_tokens)
+    ((group, prompts, chosen, _),) = _groups(model, {"texts": texts}, tokens, max_tokens)
     return _rows_of_texts(model, prompts, where, chosen, batch_tokens, group, progress)
 
 
@@ -219,17 +221,22 @@ def _sites(model: "Model", sites: Iterable[SiteLike] | SiteLike) -> list[Site]:
 
 def _groups(
     model: "Model", given: Mapping[str, Texts], tokens: Tokens, max_tokens: int
-) -> Iterator[tuple[str, Prompts, Bool[Tensor, "batch pos"]]]:
-    """Name, right-padded prompts and mask of the tokens that count, for each group of texts."""
+) -> Iterator[tuple[str, Prompts, Bool[Tensor, "batch pos"], dict[str, int | str]]]:
+    """Name, right-padded prompts, mask of the tokens that count, and what an origin says of them, for each group."""
     if not isinstance(tokens, str) and len(tokens) != len(given):
         raise MechsteerError(f"tokens got {len(tokens)} masks. Pass one for each of {' and '.join(given)}.")
     for index, (group, texts) in enumerate(given.items()):
+        cut = {}
         if not isinstance(texts, Prompts):
             if isinstance(texts, str) or not texts:
                 raise MechsteerError(f"{group} got {texts!r}. Pass a list of texts, or Prompts.")
             limit = min(max_tokens, model.n_ctx)
-            chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
-            texts = Prompts.concat([_cut(Prompts.from_strings(chunk, model.tokenizer), limit) for chunk in chunks])
+            parts, cut = [], {"cut": 0}
+            for start in range(0, len(texts), _CHUNK):
+                part = Prompts.from_strings(texts[start : start + _CHUNK], model.tokenizer)
+                cut["cut"] += int((part.lengths > limit).sum())
+                parts.append(_cut(part, limit))
+            texts = Prompts.concat(parts)
         if isinstance(tokens, str):
             prompts = model.prompts(texts).padded("right")
             chosen = _chosen(prompts, tokens)
@@ -249,7 +256,8 @@ def _groups(
                 f"Text {row} of the {group} has no token that tokens={_words(tokens)!r} means. Leave it out, or choose "
                 "others."
             )
-        yield group, prompts, chosen
+        counts = {"texts": len(prompts), "tokens": int(chosen.sum()), "prompts": prompts.hash, **cut}
+        yield group, prompts, chosen, counts
 
 
 def _chosen(prompts: Prompts, tokens: str) -> Bool[Tensor, "batch pos"]:
@@ -283,12 +291,9 @@ def _means_of_texts(
             part, order = order[:size], order[size:]
             batch = prompts[part].padded("right")
             mask = chosen[part.to(chosen.device), : batch.mask.shape[1]]
-            recorded = model.run(batch, record=points, logits="none").activations
-            rows = {}
-            for site in sites:
-                values = recorded[site.point] if site.head is None else recorded[site.point][:, :, site.head]
-                rows[site] = _row_means(values[mask], mask)
-            yield part, rows
+            states = model.states_at(batch, points, mask)
+            values = {s: states[s.point] if s.head is None else states[s.point][:, s.head] for s in sites}
+            yield part, {site: _row_means(values[site], mask) for site in sites}
             shown.advance(len(part))
 
 

@@ -1,20 +1,21 @@
 """Whether a feature is why a prefix moves the behaviour, and whether moving features moves behaviour at all."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
+from torch import Tensor
 
 from mechsteer.activations import Activations
 from mechsteer.backends.autoencoder import SparseAutoencoder
 from mechsteer.errors import MechsteerError
-from mechsteer.features.states import carried, counterparts, token_features
+from mechsteer.features.states import at_counterparts, counterparts, encoded, site_states
 from mechsteer.hooks import Intervention
-from mechsteer.interventions import Replace, SetFeature
+from mechsteer.interventions import Replace
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import FeatureActivation, Objective
 from mechsteer.objectives.base import one_of
@@ -25,6 +26,8 @@ from mechsteer.sweeps import sweep
 Shows = Callable[[Sequence[str]], Sequence[bool] | np.ndarray]
 """Whether each of several texts shows the behaviour, such as `Judge.many`."""
 TOGETHER, ALL, STATE = "together", "all features", "whole state"
+# Numbers of states [part, token, d_in] that are held at a time.
+_HELD = {"cpu": 1 << 26, "cuda": 1 << 30}
 
 
 def mediation(
@@ -81,28 +84,25 @@ def mediation(
     sae.check_fits(model)
     parts = _parts(sae, features)
     with_it, without = (model.prompts(each).padded("right") for each in (prefixed, plain))
-    every = list(range(sae.n_features))
-    values = {
-        "prefixed": token_features(model, sae, with_it, every),
-        "plain": token_features(model, sae, without, every),
-    }
-    held = carried(values["plain"], without, values["prefixed"], with_it, off=prefix_tokens == "off")
-    raised = carried(values["prefixed"], with_it, values["plain"], without, off=False)
-    parts[ALL] = every
+    parts[ALL] = list(range(sae.n_features))
     arrays: dict[str, np.ndarray] = {}
     base: dict[str, np.ndarray] = {}
-    for name, prompts, own, target in (
-        ("held", with_it, "prefixed", held), ("raised", without, "plain", raised),
+    states = {"prefixed": site_states(model, sae, with_it), "plain": site_states(model, sae, without)}
+    for name, own, prompts, other, source in (
+        ("held", "prefixed", with_it, "plain", without), ("raised", "plain", without, "prefixed", with_it),
     ):  # fmt: skip
-        source = without if name == "held" else with_it
-        cells: dict[str, Intervention | None] = {"": None}
-        cells |= {part: SetFeature(sae, ids, target[:, :, ids]) for part, ids in parts.items()}
-        cells[STATE] = Replace(sae.site, _other_state(model, sae, source, prompts))
-        swept = sweep(
-            model, prompts, axes={"part": list(cells)}, build=lambda part, cells=cells: cells[part],
-            measure=measure.named("value"), progress=progress,
-        )  # fmt: skip
-        base[own], arrays[name] = swept["value"].values[0].astype(float), swept["value"].values[1:].astype(float)
+        off = name == "held" and prefix_tokens == "off"
+        changed = _Changed(sae, states[own], prompts, states[other], source, off)
+        rows = []
+        for some in changed.groups(parts):
+            cells: dict[str, Intervention | None] = {"": None} | changed.cells(some, model)
+            swept = sweep(
+                model, prompts, axes={"part": list(cells)}, build=lambda part, cells=cells: cells[part],
+                measure=measure.named("value"), progress=progress,
+            )  # fmt: skip
+            base[own] = swept["value"].values[0].astype(float)
+            rows.append(swept["value"].values[1:].astype(float))
+        arrays[name] = np.concatenate(rows)
     total = base["prefixed"] - base["plain"]
     if not (np.isfinite(total).all() and total.sum()):
         raise MechsteerError(
@@ -272,12 +272,63 @@ def _pearson(one: Float[np.ndarray, "..."], other: Float[np.ndarray, "..."]) -> 
     return float(first @ second) / size if size > 1e-12 else float("nan")
 
 
-def _other_state(model: Model, sae: SparseAutoencoder, source: Prompts, target: Prompts) -> Activations:
-    """The site's activations in `target`, with those of `source` at all tokens that have a counterpart there."""
-    there, here = (
-        model.run(prompts, record=[sae.site], logits="none").activations[sae.site] for prompts in (source, target)
-    )
-    end, index, _ = counterparts(source, target)
-    rows = torch.arange(len(target), device=index.device)[:, None].expand_as(index)
-    mixed = here.index_put((rows[end], target.positions[end]), there[rows[end], index[end]])
-    return Activations({sae.site: mixed}, prompts=target, model=model.id)
+class _Changed:
+    """The site's activations in some prompts, with the features that they have in others.
+
+    All that is changed lies at one site and depends on nothing after it, so that each set of features is a state, which
+    is made once: a table of all features at all tokens would be larger by their number over the site's width.
+    """
+
+    def __init__(
+        self,
+        sae: SparseAutoencoder,
+        own: Float[Tensor, "prompt pos d_in"],
+        prompts: Prompts,
+        other: Float[Tensor, "prompt other_pos d_in"],
+        source: Prompts,
+        off: bool,
+    ) -> None:
+        """
+        Args:
+            sae: whose features.
+            own: what the site has in `prompts`.
+            prompts: in which features are changed.
+            other: what the site has in `source`.
+            source: the same requests, with the features that they are changed to.
+            off: whether features are 0 at tokens of `prompts` whose counterparts `source` lacks.
+        """
+        moved, self._end = at_counterparts(other, source, prompts)
+        self._sae, self._own, self._prompts = sae, own, prompts
+        self._whole = torch.where(self._end[..., None], moved, own)
+        self._off = prompts.mask & ~self._end & ~counterparts(source, prompts)[2] & off
+
+    def groups(self, parts: Mapping[str, list[int]]) -> Iterator[dict[str, list[int]]]:
+        """Sets of features whose states fit into memory together; with the last ones an empty set for the state."""
+        size = max(1, _HELD.get(self._own.device.type, _HELD["cuda"]) // self._own.numel())
+        every = [*parts.items(), (STATE, [])]
+        for start in range(0, len(every), size):
+            yield dict(every[start : start + size])
+
+    def cells(self, parts: Mapping[str, list[int]], model: Model) -> dict[str, Intervention]:
+        """What puts the states of sets of features in the place of the site."""
+        touched = self._end | self._off
+        x, whole, off = self._own[touched], self._whole[touched], self._off[touched]
+        values = {name: self._own.clone() for name in parts if name != STATE}
+        change = {name: torch.empty_like(x) for name in values}
+        decoder = self._sae.decoder
+        for rows, features in encoded(self._sae, x):
+            there = torch.where(off[rows, None], 0.0, self._sae.encode(whole[rows]))
+            moved = there - features
+            for name, each in change.items():
+                each[rows] = (moved[:, parts[name]].to(decoder) @ decoder[parts[name]]).to(x)
+        for name, each in values.items():
+            each[touched] = x + self._sae.scale(x) * change[name]
+        if STATE in parts:
+            values[STATE] = self._whole
+        return {name: Replace(self._sae.site, self._activations(each, model)) for name, each in values.items()}
+
+    def _activations(self, values: Float[Tensor, "prompt pos d_in"], model: Model) -> Activations:
+        site = self._sae.site
+        heads = model.size(site, "head") if "head" in site.axes else None
+        shaped = values if heads is None else values.unflatten(-1, (heads, -1))
+        return Activations({site: shaped}, prompts=self._prompts, model=model.id)

@@ -14,7 +14,7 @@ from mechsteer.backends.autoencoder import SparseAutoencoder
 from mechsteer.backends.sae import auroc
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
-from mechsteer.features.states import carried, mean_features, token_features
+from mechsteer.features.states import at_counterparts, encoded, mean_features, site_states, token_features
 from mechsteer.interventions import SetFeature
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
@@ -118,7 +118,9 @@ def rank_by_attribution(
 
     The first is the first-order estimate of the second (Marks et al. 2024, "Sparse feature circuits", equation 1), and
     needs one forward and one backward pass for all features. b is 0, so that features are switched off; or, with
-    `against`, what the features are in other prompts: `against=plain` says through which features a prefix acts.
+    `against`, what the features are in other prompts: `against=plain` says through which features a prefix acts. Where
+    several of them do each other's work, none is missed alone, and slopes under the prefix are near 0: the other way
+    round, `rank_by_attribution(model, sae, plain, against=prefixed)`, minus the attribution is what each would bring.
 
     Args:
         model: what to run. Its parameters need no gradients, and get none.
@@ -150,12 +152,14 @@ def rank_by_attribution(
             "Make it from the same prompts."
         )
     rule = normalise_at(at)
-    base = None if against is None else _base(model, sae, model.prompts(against).padded("right"), right)
+    others = None if against is None else model.prompts(against).padded("right")
+    there = None if others is None else at_counterparts(site_states(model, sae, others), others, right)
     scores = torch.zeros(len(right), sae.n_features, dtype=torch.float64)
     active = torch.zeros_like(scores)
     for part in of_like_lengths(right.lengths.cpu(), _TOKENS.get(model.device.type, _TOKENS["cuda"])):
         batch = right[part].padded("right")
-        other = None if base is None else base[part, : batch.tokens.shape[1]]
+        width = batch.tokens.shape[1]
+        other = None if there is None else (there[0][part, :width], there[1][part, :width])
         scores[part], active[part] = _attributed(model, sae, batch, measure, part, tokens_of(rule, batch), other)
     best = scores.mean(0).abs().argsort(descending=True, stable=True)[:n]
     arrays: dict[str, Any] = {"attribution": (("feature", "prompt"), scores[:, best].T.numpy())}
@@ -163,10 +167,11 @@ def rank_by_attribution(
     ends = {"attribution": scores[:, best].numpy()}
     if exact:
         tested = best[:exact].tolist()
+        base = None if others is None else _base(model, sae, others, right, tested)
         swept = sweep(
             model, right, axes={"feature": [-1, *tested]}, measure=measure.named("value"), progress=progress,
             build=lambda feature: None if feature < 0 else SetFeature(
-                sae, feature, 0.0 if base is None else base[..., feature, None], at=rule),
+                sae, feature, 0.0 if base is None else base[..., tested.index(feature), None], at=rule),
         )  # fmt: skip
         value = swept["value"].values
         truth = np.full((len(best), len(right)), np.nan)
@@ -225,9 +230,10 @@ def _attributed(
     measure: Objective,
     example: Int[Tensor, " prompt"],
     where: Bool[Tensor, "prompt pos"],
-    base: Float[Tensor, "prompt pos feature"] | None,
+    other: tuple[Float[Tensor, "prompt pos d_in"], Bool[Tensor, "prompt pos"]] | None,
 ) -> tuple[Float[Tensor, "prompt feature"], Float[Tensor, "prompt feature"]]:
-    """Attributions and activations of all features, summed over the tokens `where`."""
+    """Attributions and activations of all features, summed over the tokens `where`. `other` holds what the site has at
+    these tokens without the prefix, and which of them count."""
     leaves: list[Tensor] = []
 
     def leaf(tensor: Tensor, hook: object) -> Tensor:
@@ -252,22 +258,27 @@ def _attributed(
     x, slope = (precise(each.detach().flatten(2)[where]) for each in (leaves[0], gradient))
     if not bool(value.isfinite().all() and slope.isfinite().all()):
         raise MechsteerError(f"{measure!r} or its gradient is NaN or infinite. Choose an objective that is finite.")
-    features = sae.encode(x).to(x)
-    away = features if base is None else features - base[where].to(x)
-    each = away * ((sae.scale(x) * slope) @ sae.decoder.to(x).T)
-    row = torch.where(where)[0]
-    sums = (torch.zeros(len(prompts), sae.n_features, device=x.device, dtype=x.dtype) for _ in range(2))
-    scores, active = (total.index_add(0, row, part) for total, part in zip(sums, (each, features), strict=True))
+    row, decoder = torch.where(where)[0], sae.decoder.to(x)
+    scores, active = torch.zeros(2, len(prompts), sae.n_features, device=x.device, dtype=x.dtype)
+    for some, found in encoded(sae, x):
+        features = found.to(x)
+        away = features
+        if other is not None:
+            before, counts = (each[where][some] for each in other)
+            away = torch.where(counts[:, None], features - sae.encode(before.to(x)).to(x), 0.0)
+        slopes = (sae.scale(x) * slope)[some] @ decoder.T
+        scores.index_add_(0, row[some], away * slopes)
+        active.index_add_(0, row[some], features)
     return scores.cpu().double(), active.cpu().double()
 
 
 def _base(
-    model: Model, sae: SparseAutoencoder, source: Prompts, target: Prompts
+    model: Model, sae: SparseAutoencoder, source: Prompts, target: Prompts, features: list[int]
 ) -> Float[Tensor, "prompt pos feature"]:
-    """Activations of all features in `source` at the tokens of `target`; where it has no such token, the target's."""
-    every = list(range(sae.n_features))
-    values, own = (token_features(model, sae, prompts, every) for prompts in (source, target))
-    return carried(values, source, own, target)
+    """Activations of features in `source` at the tokens of `target`; where it has no such token, the target's."""
+    values, own = (token_features(model, sae, prompts, features) for prompts in (source, target))
+    moved, end = at_counterparts(values, source, target)
+    return torch.where(end[..., None], moved, own)
 
 
 def _coords(features: Int[Tensor, " feature"]) -> dict[str, Any]:

@@ -1,4 +1,10 @@
-"""Activations of features on prompts: read, averaged over tokens, and lined up between prompts of unlike length."""
+"""Activations of features on prompts: read, averaged over tokens, and lined up between prompts of unlike length.
+
+Only a few tokens have all their features in memory at a time: with 16,000 of them, those of one prompt can take more
+than all that the site itself holds.
+"""
+
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,22 +17,36 @@ from mechsteer.objectives.base import check_tokens, tokens_at
 from mechsteer.prompts import Prompts
 from mechsteer.rows import of_like_lengths
 
-# Tokens whose features are held at a time.
+# Tokens that are run at a time, and activations of features [token, feature] that are held at a time.
 _TOKENS = {"cpu": 4096, "cuda": 65536}
+_HELD = {"cpu": 1 << 23, "cuda": 1 << 28}
+
+
+def site_states(model: Model, sae: SparseAutoencoder, prompts: Prompts) -> Float[Tensor, "prompt pos d_in"]:
+    """The site's activations at every token of right-padded prompts, heads end to end; 0 in the padding."""
+    out = torch.zeros(*prompts.tokens.shape, sae.d_in, device=model.device, dtype=model.dtype)
+    for part in of_like_lengths(prompts.lengths.cpu(), _TOKENS.get(model.device.type, _TOKENS["cuda"])):
+        batch = prompts[part].padded("right")
+        found = model.run(batch, record=[sae.site], logits="none").activations[sae.site].flatten(2)
+        out[part, : found.shape[1]] = torch.where(batch.mask[..., None], found, 0.0)
+    return out
+
+
+def encoded(sae: SparseAutoencoder, x: Float[Tensor, "token d_in"]) -> Iterator[tuple[slice, Tensor]]:
+    """Activations of all features [token, feature], of some tokens after the others, and which tokens these are."""
+    size = max(1, _HELD.get(x.device.type, _HELD["cuda"]) // sae.n_features)
+    for start in range(0, len(x), size):
+        rows = slice(start, start + size)
+        yield rows, sae.encode(x[rows])
 
 
 def token_features(
     model: Model, sae: SparseAutoencoder, prompts: Prompts, features: list[int]
 ) -> Float[Tensor, "prompt pos feature"]:
     """Activations of some features at every token of right-padded prompts; 0 in the padding."""
-    out = torch.zeros(*prompts.tokens.shape, len(features), device=model.device)
-    for part in _parts(model, prompts):
-        batch = prompts[part].padded("right")
-        encoded = sae.encode(_states(model, sae, batch)[batch.mask])[:, features]
-        width = batch.tokens.shape[1]
-        filled = out.new_zeros(*batch.tokens.shape, len(features))
-        filled[batch.mask] = encoded.to(out)
-        out[part, :width] = filled
+    x = site_states(model, sae, prompts)[prompts.mask]
+    out = torch.zeros(*prompts.tokens.shape, len(features), device=x.device)
+    out[prompts.mask] = torch.cat([each[:, features] for _, each in encoded(sae, x)]).to(out)
     return out
 
 
@@ -34,16 +54,13 @@ def mean_features(
     model: Model, sae: SparseAutoencoder, prompts: Prompts, at: int | str
 ) -> Float[Tensor, "prompt feature"]:
     """Mean activation of every feature over the tokens that `at` means, of right-padded prompts."""
-    out = torch.zeros(len(prompts), sae.n_features, device=model.device)
-    check_tokens(tokens_at(prompts, at), f"at {at!r}")
-    for part in _parts(model, prompts):
-        batch = prompts[part].padded("right")
-        mask = tokens_at(batch, at)
-        encoded = sae.encode(_states(model, sae, batch)[mask]).to(out)
-        row = torch.where(mask)[0]
-        out[part] = torch.zeros(len(part), sae.n_features, device=out.device).index_add(0, row, encoded)
-        out[part] /= mask.sum(1)[:, None]
-    return out
+    mask = tokens_at(prompts, at)
+    check_tokens(mask, f"at {at!r}")
+    x, row = site_states(model, sae, prompts)[mask], torch.where(mask)[0]
+    out = torch.zeros(len(prompts), sae.n_features, device=x.device)
+    for rows, each in encoded(sae, x):
+        out.index_add_(0, row[rows], each.to(out))
+    return out / mask.sum(1)[:, None]
 
 
 def counterparts(
@@ -87,24 +104,10 @@ def counterparts(
     return end, index, start
 
 
-def carried(
-    values: Float[Tensor, "prompt pos feature"],
-    source: Prompts,
-    own: Float[Tensor, "prompt new_pos feature"],
-    target: Prompts,
-    *,
-    off: bool = False,
-) -> Float[Tensor, "prompt new_pos feature"]:
-    """Activations of `source` at their counterparts in `target`; elsewhere its own, or 0 where they differ (`off`)."""
-    end, index, start = counterparts(source, target)
-    moved = values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
-    rest = torch.where(start[..., None], own, 0.0) if off else own
-    return torch.where(end[..., None], moved, rest)
-
-
-def _states(model: Model, sae: SparseAutoencoder, prompts: Prompts) -> Float[Tensor, "prompt pos d_in"]:
-    return model.run(prompts, record=[sae.site], logits="none").activations[sae.site].flatten(2)
-
-
-def _parts(model: Model, prompts: Prompts) -> list[Tensor]:
-    return list(of_like_lengths(prompts.lengths.cpu(), _TOKENS.get(model.device.type, _TOKENS["cuda"])))
+def at_counterparts(
+    values: Float[Tensor, "prompt pos *each"], source: Prompts, target: Prompts
+) -> tuple[Float[Tensor, "prompt new_pos *each"], Bool[Tensor, "prompt new_pos"]]:
+    """What tokens of `source` have, at their counterparts in the end of `target`, and which tokens those are."""
+    end, index, _ = counterparts(source, target)
+    rows = torch.arange(len(target), device=index.device)[:, None]
+    return values[rows, index], end

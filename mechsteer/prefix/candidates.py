@@ -86,6 +86,7 @@ class CandidateLosses:
         self.decoder = None if objective.sites() else model.decoder
         self._id = model.id
         self._layouts: dict[int, Layout] = {}
+        self._weights: dict[int, Tensor] = {}
         self._base: _Base | None = None
         device = model.device.type
         self._tokens = _TOKENS.get(device, _TOKENS["cuda"])
@@ -110,10 +111,12 @@ class CandidateLosses:
 
     def weights(self, n: int) -> Float[Tensor, " prompt"]:
         """How much each prompt counts, summing to 1."""
-        total = getattr(self.objective, "total_weight", None)
-        prompts = self.layout(n).prompts
-        weights = torch.ones(len(prompts), device=prompts.tokens.device) if total is None else total(prompts)
-        return weights.double() / weights.double().sum()
+        if n not in self._weights:
+            total = getattr(self.objective, "total_weight", None)
+            prompts = self.layout(n).prompts
+            weights = torch.ones(len(prompts), device=prompts.tokens.device) if total is None else total(prompts)
+            self._weights[n] = weights.double() / weights.double().sum()
+        return self._weights[n]
 
     def of(self, candidates: Sequence[Ids], *, base: Ids | None = None) -> Float[np.ndarray, " candidate"]:
         """Exact losses.

@@ -1,8 +1,10 @@
 """Moves of a discrete search: which prefixes to try next to the present one."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
+from jaxtyping import Float
 
 Ids = tuple[int, ...]
 MOVES = ("replace", "insert", "delete", "swap", "cross")
@@ -127,5 +129,12 @@ def built(
 def _drawn(tokens: Sequence[int], rng: np.random.Generator, steep: bool) -> int:
     if not steep:
         return int(tokens[int(rng.integers(len(tokens)))])
-    odds = 1 / (np.arange(len(tokens)) + 4.0)
-    return int(tokens[int(rng.choice(len(tokens), p=odds / odds.sum()))])
+    return int(tokens[int(_steep(len(tokens)).searchsorted(rng.random(), side="right"))])
+
+
+@lru_cache
+def _steep(n: int) -> Float[np.ndarray, " n"]:
+    """Chances that a draw with probabilities that fall as 1 / (r + 4) is at most the r-th."""
+    odds = 1 / (np.arange(n) + 4.0)
+    chances = (odds / odds.sum()).cumsum()
+    return chances / chances[-1]

@@ -95,9 +95,12 @@ class RoundTrip:
         if self.tokenizer is None:
             return before, after
         places = [i for i, token in enumerate(before) if token in self._control]
-        if places and not self._same(before):
-            before = before[places[-1] + 1 :]
         place = next((i for i, token in enumerate(after) if token in self._control), len(after))
+        # Right behind a special token it is what follows that gets the second blank: the request tells.
+        behind, told = places[-1:] == [len(before) - 1], after[:place]
+        doubled = behind and not self._same([*before, *told]) and self._same(told)
+        if places and (doubled or not self._same(before)):
+            before = before[places[-1] + 1 :]
         return before, after if self._same(after[place:]) else after[:place]
 
     def _last(self, before: list[int]) -> list[int]:
@@ -108,22 +111,31 @@ class RoundTrip:
         return next((part for size in sizes if self._same(part := before[len(before) - size :])), before)
 
     def _same(self, ids: list[int]) -> bool:
-        return rendering.tokenize(self._decode([ids]), self.tokenizer).input_ids[0] == ids
+        return self._encode(self._decode([ids])) == [ids]
 
     def _place(self, parts: Sequence[tuple[Sequence[int], Ids, Sequence[int]]]) -> list[Placed]:
         rows = [[*before, *ids, *after] for before, ids, after in parts]
         # Decoding from the start keeps the blank that some tokenizers drop before a text's first token.
-        starts = self._decode([before for before, _, _ in parts])
+        befores = {tuple(before): before for before, _, _ in parts}
+        starts = dict(zip(befores, self._decode(list(befores.values())), strict=True))
         stops = self._decode([[*before, *ids] for before, ids, _ in parts])
         texts = self._decode(rows)
         out = []
-        encoded = rendering.tokenize(texts, self.tokenizer).input_ids
-        for (_, ids, _), row, text, start, stop, again in zip(parts, rows, texts, starts, stops, encoded, strict=True):
+        encoded = self._encode(texts)
+        for (before, ids, _), row, text, stop, again in zip(parts, rows, texts, stops, encoded, strict=True):
+            start = starts[tuple(before)]
             inner = text[len(start) : len(stop)]
             survives = again == row and not (self._trims and inner != inner.lstrip())
             survives = survives and self._control.isdisjoint(ids)
             out.append(Placed(survives, inner, text[: len(start)], text[len(stop) :]))
         return out
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        backend = self.tokenizer.backend_tokenizer
+        if backend.padding or backend.truncation or backend.encode_special_tokens:
+            return rendering.tokenize(texts, self.tokenizer).input_ids
+        # The same without offsets, in half the time: a search encodes every candidate.
+        return [each.ids for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
         decode = self.tokenizer.backend_tokenizer.decode_batch

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from heapq import nsmallest
 from typing import Any
 
 import numpy as np
@@ -280,7 +281,7 @@ class _Search:
     def _mixed(self, rng: np.random.Generator) -> None:
         state = self.state
         own = [ids for ids in self.tried[state.first :] if ids != self.start or self.legal.valid([ids])[0]]
-        elite = sorted(own, key=self.seen.__getitem__)[:_ELITE]
+        elite = nsmallest(_ELITE, own, key=self.seen.__getitem__)
         odds = 1 / (np.arange(len(elite)) + 1.0)
         if state.idle >= _PATIENCE:
             # Back from where the walk led to one of the best.

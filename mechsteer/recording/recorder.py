@@ -194,7 +194,7 @@ def _record(
             manifest = _finish(manifest, shard._replace(prompts=digest.hexdigest()), statistics, buffer)
             shard, digest = Shard(), hashlib.sha256()
         if len(batch.index):
-            taken = model.run(batch.prompts, record=sites, logits="none").activations.at(batch.where)
+            taken = model.states_at(batch.prompts, sites, batch.where)
             stored = {site: values.to(dtype or values.dtype) for site, values in taken.items()}
             for site, values in taken.items():
                 _check_finite(site, values, stored[site], batch)

@@ -37,10 +37,10 @@ class Log:
         """A chapter has no findings."""
         self._step(text, "bold red")
 
-    def stopped(self, finished: Sequence[str]) -> None:
+    def stopped(self, finished: Sequence[str], *, what: str = "chapters") -> None:
         """The user stopped the study."""
         kept = ", ".join(finished) or "none"
-        self._say(Text(f"Stopped. Finished chapters: {kept}. The same command goes on from there.", "bold yellow"))
+        self._say(Text(f"Stopped. Finished {what}: {kept}. The same command goes on from there.", "bold yellow"))
 
     def _step(self, text: str, style: str) -> None:
         minutes, seconds = divmod(int(time.perf_counter() - self._began), 60)

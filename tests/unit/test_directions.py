@@ -316,6 +316,25 @@ def test_origin_says_what_went_in(llama: Model) -> None:
     assert Site("embed") in made and len(made) == 4
 
 
+def test_origin_counts_texts_that_were_cut(llama: Model) -> None:
+    lengths = Prompts.from_strings(POSITIVE, llama.tokenizer).lengths
+    limit = int(lengths.sort().values[-2])  # the longest alone is cut
+    for make in (difference_of_means, pca):
+
+        def made(*groups: Any, tokens: str = "last", make: Any = make, **options: Any) -> dict[str, Any]:
+            return make(llama, *groups, sites=SITE, tokens=tokens, progress=False, **options)[SITE].origin
+
+        cut = made(POSITIVE, [*NEGATIVE, "cat"], max_tokens=limit)
+        shorter = Prompts.from_strings([*NEGATIVE, "cat"], llama.tokenizer).lengths > limit
+        assert cut["positives"]["cut"] == 1 and cut["negatives"]["cut"] == int(shorter.sum())
+        assert made(POSITIVE, POSITIVE[::-1], max_tokens=limit - 1, tokens="all")["negatives"]["cut"] >= 2
+        whole = made(POSITIVE, [*NEGATIVE, "cat"])
+        assert whole["positives"]["cut"] == whole["negatives"]["cut"] == 0
+        # The context's end cuts, too; what is passed as Prompts is never cut, and says nothing of it.
+        assert made(["cat " * 100, *POSITIVE[1:]], [*NEGATIVE, "cat"])["positives"]["cut"] == 1
+        assert "cut" not in made(Prompts.from_strings(POSITIVE, llama.tokenizer), [*NEGATIVE, "cat"])["positives"]
+
+
 def test_laws_of_the_difference(llama: Model) -> None:
     def made(*groups: Any, **options: Any) -> torch.Tensor:
         return difference_of_means(llama, *groups, sites=SITE, progress=False, **options)[SITE].vector

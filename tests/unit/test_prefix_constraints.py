@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import mechsteer as ms
 from mechsteer.data import data_path
@@ -190,6 +191,43 @@ def test_what_survives_is_what_encodes_again_in_every_rendered_chat() -> None:
     assert found[True] > 20 and found[False] > 20
     user = next(iter(control_tokens(tokenizer())))
     assert not any(trip.survives((user,))) and not trip.near([(user,)])[0].survives
+
+
+def prepending() -> Any:
+    """Like Llama 2's: a blank behind every special token, which decoding keeps but for the first of a text."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(vocab_size=70, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(["the▁cat▁sat▁on▁the▁mat.\n▁user:▁my▁exam▁[/INST]"] * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    made.chat_template = (
+        "{% for each in messages %}{{ bos_token }}user: {{ each['content'] }}{{ eos_token }} [/INST]{% endfor %}"
+    )
+    return made
+
+
+def test_special_tokens_that_add_a_blank_do_not_forbid_everything() -> None:
+    loaded, rng = prepending(), random.Random(0)
+    requests = ["the cat", "sat on my mat.", "exam"]
+    prompts = ms.Prompts.from_chats(requests, loaded, slots=1)
+    # As text the whole prompt gets a second blank behind each special token.
+    assert loaded.encode(loaded.decode(prompts.tokens[0]), add_special_tokens=False) != prompts.tokens[0].tolist()
+    trip, found = RoundTrip(prompts), Counter()
+    vocabulary = sorted(set(range(len(loaded))) - set(control_tokens(loaded)) - {loaded.unk_token_id})
+    for _ in range(200):
+        ids = tuple(rng.choices(vocabulary, k=2))
+        filled = insert(prompts, ids, where="prefix")
+        # The slots are such a token too, so that a blank follows them.
+        again = ms.Prompts.from_chats(requests, loaded, prefix=trip.text(ids), separator=" \n")
+        same = [
+            one[keep].tolist() == other[real].tolist()
+            for one, keep, other, real in zip(filled.tokens, filled.mask, again.tokens, again.mask, strict=True)
+        ]
+        assert list(trip.survives(ids)) == same, (ids, trip.placed(ids))
+        assert trip.near([ids])[0].survives == same[0]
+        found[all(same)] += 1
+    assert found[True] > 20 and found[False] > 20
 
 
 def test_a_prefix_is_lost_where_the_template_trims_it() -> None:

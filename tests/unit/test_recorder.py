@@ -190,8 +190,8 @@ def test_an_interrupted_recording_continues_to_the_same_bits(
     assert done or stop < 5, "a shard holds two or three batches"
 
     ran: list[int] = []
-    real = Model.run
-    monkeypatch.setattr(Model, "run", lambda self, *args, **kw: ran.append(len(args[0])) or real(self, *args, **kw))
+    real = Model.states_at
+    monkeypatch.setattr(Model, "states_at", lambda self, *args: ran.append(len(args[0])) or real(self, *args))
     recording = record_stream(model, parts(some_prompts()), SITES, tmp_path, **OPTIONS)
     assert recording.complete
     assert sum(ran) == 12 - done, "finished prompts are not run again"
@@ -252,7 +252,7 @@ def test_a_killed_process_leaves_what_can_be_continued(
 def test_a_finished_recording_is_not_recorded_again(model: Model, tmp_path: Path, monkeypatch: Any) -> None:
     record_stream(model, some_prompts(), SITES, tmp_path, **OPTIONS)
     before = contents(tmp_path)
-    monkeypatch.setattr(Model, "run", None)
+    monkeypatch.setattr(Model, "states_at", None)
     assert record_stream(model, some_prompts(), SITES, tmp_path, **OPTIONS).complete
     assert contents(tmp_path) == before
 

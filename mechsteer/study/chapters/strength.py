@@ -7,25 +7,19 @@ import numpy as np
 import torch
 import xarray as xr
 
-from mechsteer.directions import Direction, difference_of_means
+from mechsteer.directions import Direction
 from mechsteer.interventions import Add
-from mechsteer.objectives import Objective
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
-from mechsteer.site import Site
-from mechsteer.strength import ChosenAlpha, choose_alpha, limit_logits, local_laws
+from mechsteer.strength import ChosenAlpha, limit_logits, local_laws
 from mechsteer.study.case import Case, completion_ids
 from mechsteer.study.chapter import Chapter, Findings
 from mechsteer.study.chapters.behaviour import WITH, WITHOUT
 from mechsteer.study.chapters.strength_report import show
 from mechsteer.study.measures import CE, ratio, share, weights
+from mechsteer.study.pushes import WEIGHT, chosen_vector
 from mechsteer.sweeps import sweep
 
-# Depths of the blocks tried, as shares of the way through the model.
-DEPTHS = (0.25, 0.5, 0.75)
-# What a nat a token on the model's own completions may cost in completions that show the behaviour.
-WEIGHT = 0.25
-BUDGET = 7
 # Multiples of the chosen strength: of the curves, and of the completions that are shown.
 CURVE = (-1.0, -0.5, -0.25, 0.0, 0.125, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 SHOWN = (0.5, 1.0, 2.0)
@@ -34,28 +28,15 @@ SHOWN = (0.5, 1.0, 2.0)
 def measure(case: Case) -> Findings:
     """Chooses a strength on the requests to search on, and tries it on the held-out ones.
 
-    The vectors are differences of mean activations over the reference completions, with the prefix and without it. The
-    score is the share of completions that show the behaviour (without a judge: minus the cross entropy of the reference
-    completions), less WEIGHT times the rise of the cross entropy of what the model says by itself.
+    The vectors, and what is weighed in choosing, are those of `mechsteer.study.pushes.chosen_vector`.
 
     Results: `chosen` (the evidence of `mechsteer.strength.choose_alpha` for every layer), `side` [alpha, prompt] and
     `laws` (the side effect on held-out requests beside its local law and its plateau), `target` [alpha, prompt], and
     `held_out` [condition, prompt].
     """
-    model, seed, search = case.model, case.settings.seed, case.rows("search")
-    forced = case.with_reference(case.plain)
-    case.tell("differences of means at three depths")
-    vectors = _vectors(case, forced[search])
-    judged = case.judge is not None
-    wanted = case.plain[search] if judged else forced[search]
-    goal: Objective | Any = case.judge if judged else -CE
-    case.tell(f"choosing the strength of {len(vectors)} vectors, from {BUDGET} exact points each")
-    chosen = choose_alpha(
-        model, vectors, wanted, goal, side_effect=CE, side_prompts=case.unsteered[search], weight=WEIGHT,
-        budget=BUDGET, max_new_tokens=case.max_new_tokens, seed=seed, progress=False,
-    )  # fmt: skip
-    name = _best(chosen)
-    direction, alpha = vectors[name], _strength(chosen, name)
+    model, seed = case.model, case.settings.seed
+    found = chosen_vector(case)
+    chosen, name, direction, alpha = found.chosen, found.name, found.direction, found.alpha
     held = case.rows("held-out")
     case.tell(f"{len(CURVE)} strengths on {len(held)} held-out requests")
     alphas = [step * alpha for step in CURVE]
@@ -68,37 +49,10 @@ def measure(case: Case) -> Findings:
         "chosen": chosen.result,
         "side": Result(side, provenance=made),
         "laws": _laws(case, direction, own, alpha, made),
-        "target": Result(_target(case, direction, alphas, forced[held]), provenance=made),
+        "target": Result(_target(case, direction, alphas, case.with_reference(case.plain)[held]), provenance=made),
         "held_out": Result(_held_out(case, direction, alpha), provenance=made),
     }
     return Findings(results, _summary(case, chosen, results, name, alpha))
-
-
-def _vectors(case: Case, forced: Prompts) -> dict[str, Direction]:
-    n = case.model.n_layers
-    layers = list(dict.fromkeys(round(depth * (n - 1)) for depth in DEPTHS))
-    found = difference_of_means(
-        case.model, case.reference[case.rows("search")], forced, sites=[Site("resid_post", layer) for layer in layers],
-        tokens="completion", progress=False,
-    )  # fmt: skip
-    return {f"after block {site.layer}": direction for site, direction in found.items()}
-
-
-def _best(chosen: ChosenAlpha) -> str:
-    """The direction whose chosen strength gains most; where none works, the one whose best point does."""
-    gain = chosen.result["gain"]
-    works = [name for name, yes in chosen.works.items() if yes] or list(chosen.works)
-    return max(works, key=lambda name: float(gain.sel(direction=name)))
-
-
-def _strength(chosen: ChosenAlpha, name: str) -> float:
-    """What was chosen; where no strength works, the best of those tried, to have something to show."""
-    one = chosen.result.sel(direction=name)
-    if chosen.works[name]:
-        return float(one["alpha"])
-    points, score = one["point_alpha"].values, one["score"].values
-    tried = [(float(value), float(point)) for value, point in zip(score, points, strict=True) if point > 0]
-    return max(tried)[1]
 
 
 def _laws(case: Case, direction: Direction, own: Prompts, alpha: float, made: dict[str, Any]) -> Result:
