@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, stamp
-from mechsteer.judges import Judge, judge_of
+from mechsteer.judges import Judge, judge_of, telltale_words
 from mechsteer.model import Model, load_model
 from mechsteer.prompts import Prompts
 from mechsteer.study.settings import Request, Settings, read_json
+from mechsteer.vocabulary import insert
 
 FILE = "completions.json"
 FORMAT, VERSION = "completions", 1
@@ -120,6 +121,15 @@ class Case:
     def judge(self) -> Judge | None:
         """Says whether a completion shows the behaviour; None where nothing is known about the prefix."""
         return judge_of(self.settings.prefix, self.settings.words)
+
+    @property
+    def telltale(self) -> tuple[str, ...]:
+        """Words that would say what the prefix asks for, which other words for it may not hold."""
+        return tuple(dict.fromkeys([*telltale_words(self.settings.prefix), *self.settings.words]))
+
+    def slotted(self, n: int) -> Prompts:
+        """The requests with n reserved slots where the prefix stands."""
+        return insert(replace(self.prefixed, slots=self.prefixed.span("prefix")), slots=n)
 
     def with_prefix(self, prefix: str) -> Prompts:
         """The requests with another prefix in front of each, laid out as `prefixed` is.

@@ -2,9 +2,8 @@
 other tokens, an edit of the weights."""
 
 import random
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,8 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsteer.backends.autoencoder import SHIPPED_SAES, SparseAutoencoder, load_sae
-from mechsteer.backends.sae import reconstruction
 from mechsteer.directions import Direction, difference_of_means
 from mechsteer.errors import MechsteerError
 from mechsteer.features import rank_by_contrast
@@ -24,12 +21,13 @@ from mechsteer.objectives import Objective
 from mechsteer.objectives.base import predicting
 from mechsteer.pocket.grammar import sample_document
 from mechsteer.prefix import Constraints
-from mechsteer.prefix.match import MatchedPrefix, match_prefix
+from mechsteer.prefix.match import MatchedPrefix, beam_evaluations, match_prefix
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.activation_rows import token_rows
 from mechsteer.propagator.weight_edit import RankEdit, fit_edit
 from mechsteer.site import Site
 from mechsteer.strength import ChosenAlpha, choose_alpha
+from mechsteer.study.autoencoder import autoencoder
 from mechsteer.study.case import Case, completion_ids
 from mechsteer.study.measures import CE, weights
 from mechsteer.sweeps import sweep
@@ -40,16 +38,17 @@ DEPTHS = (0.25, 0.5, 0.75)
 # What a nat a token on the model's own completions may cost in completions that show the behaviour.
 WEIGHT = 0.25
 BUDGET = 7
-# Features: how many, held at which multiple of their mean with the prefix, and the least variance explained.
-FEATURES, TIMES, EXPLAINED = (1, 4), (1.0, 2.0, 3.0), 0.5
+# Features: how many, and held at which multiple of their mean with the prefix.
+FEATURES, TIMES = (1, 4), (1.0, 2.0, 3.0)
 # Edits of the weights: depths, multiples of what the prefix adds, and rank.
 EDIT_DEPTHS, EDIT_TIMES, RANK, RIDGE = (0.4, 0.6, 0.8), (1.0, 1.5, 2.0), 8, 1e-2
-# Prefixes: requests, tokens of each completion, steps of the soft one, candidates, and the beam in between.
-MATCHED, MATCHED_TOKENS, SOFT_STEPS, EVALUATIONS, BEAM, TOP_K = 9, 16, 80, 200, 2, 6
+SEARCHED, VALIDATED, MATCHED_TOKENS = 12, 6, 32
+"""Requests that words are searched on, those that say when the soft prefix stops, and tokens of each completion: those
+that count three times."""
+SOFT_STEPS, EVALUATIONS, BEAM, TOP_K = 60, 200, 3, 6
+"""Steps of the soft prefix, candidates after the beam, and the beam."""
 # Texts that have nothing to do with the requests: how many, and the most tokens of each.
 TEXTS, TEXT_TOKENS = 24, 64
-# A word of the prefix with fewer letters says nothing by itself, and stands in many innocent words.
-_LETTERS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +207,7 @@ def features(case: Case) -> Chosen:
     """
     search = case.rows("search")
     forced = case.with_reference(case.plain)[search]
-    sae = _autoencoder(case)
+    sae, _ = autoencoder(case)
     ranked = rank_by_contrast(
         case.model, sae, case.reference[search], forced, at="completion", n=max(FEATURES), seed=case.settings.seed
     )
@@ -227,71 +226,75 @@ def features(case: Case) -> Chosen:
     return Chosen(pushes[max(tried, key=lambda each: each["score"])["setting"]], tuple(tried))
 
 
-def _autoencoder(case: Case) -> SparseAutoencoder:
-    """One that fits the model and explains its activations."""
-    reasons = []
-    for name in SHIPPED_SAES:
-        try:
-            sae = load_sae(name, model=case.model, device=str(case.model.device))
-        except MechsteerError as error:
-            reasons.append(str(error))
-            continue
-        # Width and site are no proof: another model may have both.
-        rows = _states(case.model, case.reference[case.rows("search")], sae.site)
-        explained = reconstruction(sae.module, [rows]).variance_explained
-        if explained >= EXPLAINED:
-            return sae
-        reasons.append(
-            f"The autoencoder {name} explains {100 * explained:.0f} % of the variance of this model's activations: it "
-            "was trained on another one's."
-        )
-    raise MechsteerError(f"No autoencoder that ships with mechsteer fits {case.model.name}. {' '.join(reasons)}")
-
-
 # ---- what stands before the request ----
 
 
-def matched(case: Case) -> tuple[Push, Push, MatchedPrefix]:
-    """A soft prefix as long as the reference, and a searched one: the best tokens that were found from there, which
-    keep clear of the reference's subject and of its own words.
+# As with vectors: more than one chapter asks for it.
+_MATCHES: WeakKeyDictionary[Case, MatchedPrefix] = WeakKeyDictionary()
+
+
+def matched(case: Case) -> MatchedPrefix:
+    """Other words for the prefix, as many tokens long, which keep clear of `Case.telltale`: `match_prefix` on the first
+    requests to search on; made once for a case.
+
+    Raises:
+        MechsteerError: nothing that is allowed is found.
+        KeyboardInterrupt: it was stopped.
+    """
+    if case not in _MATCHES:
+        rows, others = matched_rows(case)
+        n = int(case.prefixed.span("prefix").sum(1).max())
+        slotted = case.slotted(n)
+
+        def forced(chosen: Sequence[int]) -> Prompts:
+            return case.with_reference(slotted[list(chosen)], rows=chosen, tokens=MATCHED_TOKENS)
+
+        def tell(stage: str, done: int, loss: float, text: str) -> None:
+            if stage in ("projected", "beam") and done:
+                case.tell(f"{stage}: cross entropy {loss:.3f} after {done} candidates")
+
+        case.tell(f"a soft prefix of {n} embeddings, and {n} tokens from it")
+        match = match_prefix(
+            case.model, forced(rows), CE, soft_steps=SOFT_STEPS, n_restarts=1, beam=BEAM, top_k=TOP_K,
+            evaluations=beam_evaluations(n, beam=BEAM, top_k=TOP_K) + EVALUATIONS, constraints=constraints(case),
+            validation=forced(others) if others else None, seed=case.settings.seed, progress=False, tell=tell,
+        )  # fmt: skip
+        if not match.found.finished:
+            raise KeyboardInterrupt
+        _MATCHES[case] = match
+    return _MATCHES[case]
+
+
+def matched_rows(case: Case) -> tuple[list[int], list[int]]:
+    """The requests that words are searched on, and those that say when the soft prefix stops."""
+    search = case.rows("search")
+    return search[:SEARCHED], search[SEARCHED : SEARCHED + VALIDATED]
+
+
+def constraints(case: Case) -> Constraints:
+    """On the words."""
+    return Constraints(forbidden_words=case.telltale, characters="printable")
+
+
+def prefixes(case: Case) -> tuple[Push, Push]:
+    """The soft prefix and the words of `matched`.
 
     Raises:
         MechsteerError: nothing that is allowed is found.
     """
-    reserved = replace(case.prefixed, slots=case.prefixed.span("prefix"))
-    n = int(reserved.slots.sum(1).max())
-    search = case.rows("search")
-    some = search[:: -(-len(search) // MATCHED)]
-    prompts = case.with_reference(insert(reserved[some], slots=n), rows=some, tokens=MATCHED_TOKENS)
-    match = match_prefix(
-        case.model, prompts, CE, soft_steps=SOFT_STEPS, n_restarts=1, evaluations=evaluations(n), beam=BEAM,
-        top_k=TOP_K, seed=case.settings.seed, progress=False,
-        constraints=Constraints(forbidden_words=forbidden(case), characters="printable"),
-    )  # fmt: skip
+    match = matched(case)
     embeddings = match.soft.embeddings.to(case.model.device, case.model.dtype)
+    n = len(embeddings)
+    slotted = case.slotted(n)
     soft = Push(
-        "soft prefix", f"{n} embeddings of {embeddings.shape[1]}", case.model, insert(reserved, slots=n),
-        (SoftPrefix(embeddings),), slots=n,
+        "soft prefix", f"{n} embeddings of {embeddings.shape[1]}", case.model, slotted, (SoftPrefix(embeddings),),
+        slots=n,
     )  # fmt: skip
     words = Push(
-        "searched prefix", f"{_tokens(len(match.ids))}: {match.text!r}", case.model, insert(reserved, match.ids),
-        ids=match.ids,
+        "searched prefix", f"{_tokens(len(match.ids))}: {match.text!r}", case.model,
+        insert(slotted, match.ids, where="prefix"), ids=match.ids,
     )  # fmt: skip
-    return soft, words, match
-
-
-def evaluations(n_tokens: int) -> int:
-    """Candidates of the search for tokens: as many again as a beam over a long prefix takes."""
-    return max(EVALUATIONS, 2 * (2 + TOP_K + (n_tokens - 1) * BEAM * TOP_K))
-
-
-def forbidden(case: Case) -> tuple[str, ...]:
-    """Words that the searched prefix may not hold, as any part of the text: those of the behaviour, where a judge knows
-    some, and those of the prefix, singular and plural."""
-    own = [word for word in re.findall(r"[^\W\d_]+", case.settings.prefix.lower()) if len(word) >= _LETTERS]
-    words = [*(() if case.judge is None else case.judge.words), *own]
-    single = [word[:-1] for word in words if len(word) >= _LETTERS and word.endswith("s") and not word.endswith("ss")]
-    return tuple(dict.fromkeys([*words, *single]))
+    return soft, words
 
 
 # ---- the weights ----

@@ -1,5 +1,6 @@
 """The chapter "As features": its numbers are those of plain runs, and its sentences those numbers."""
 
+import sys
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -287,9 +288,9 @@ def test_a_model_without_an_autoencoder_is_told_so(monkeypatch: pytest.MonkeyPat
     assert str(error.value) == message.format("pocket-1l")
     # One that fits by its width and layer alone does not belong to the model either.
     stranger = autoencoder("topk", d_in=192, hook="blocks.3.hook_resid_post")
-    monkeypatch.setattr(features, "load_sae", lambda *_, **__: stranger)
+    monkeypatch.setattr(sys.modules["mechsteer.study.autoencoder"], "load_sae", lambda *_, **__: stranger)
     with pytest.raises(MechsteerError) as error:
-        CHAPTER.measure(case)
+        CHAPTER.measure(small("pocket"))
     assert str(error.value) == message.format("pocket")
 
 

@@ -12,6 +12,7 @@ import pytest
 import mechsteer as ms
 from mechsteer.prefix.constraints import plain
 from mechsteer.prefix.round_trip import RoundTrip
+from mechsteer.study import pushes
 from mechsteer.study.blocks import Cards, Columns, Figure, Heading, Paragraph, Table, View
 from mechsteer.study.case import Case
 from mechsteer.study.chapter import Findings, keep, kept
@@ -33,9 +34,9 @@ from mechsteer.vocabulary import insert
 from tests.cases import case as small
 from tests.cases import pooled, scores
 
+FEW = {"SEARCHED": 3, "VALIDATED": 1, "SOFT_STEPS": 12, "EVALUATIONS": 20, "BEAM": 1, "TOP_K": 3}
 SMALL = {
-    "SEARCHED": 3, "VALIDATED": 1, "SOFT_STEPS": 12, "EVALUATIONS": 20, "WIDTH": 1, "TOP_K": 3, "LAYERED": 2,
-    "LAYER_STEPS": 5, "LAYER_EVALUATIONS": 6, "LAYER_WIDTH": 1, "LAYER_TOP_K": 2, "_SAMPLES": 2,
+    "LAYERED": 2, "LAYER_STEPS": 5, "LAYER_EVALUATIONS": 6, "LAYER_WIDTH": 1, "LAYER_TOP_K": 2, "_SAMPLES": 2,
 }  # fmt: skip
 
 
@@ -45,6 +46,8 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(words, name, value)
+        for name, value in FEW.items():
+            patch.setattr(pushes, name, value)
         patch.setattr(words, "_OTHER", {"pocket-1l": "pocket-1l"})
         yield
 
@@ -193,15 +196,15 @@ def test_chance_is_told_from_difference(findings: Findings) -> None:
 
 
 def test_ctrl_c_in_the_search_ends_the_chapter(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = words.match_prefix
+    original = pushes.match_prefix
 
     def stopped(*args: Any, **options: Any) -> Any:
         match = original(*args, **options)
         return replace(match, found=replace(match.found, finished=False))
 
-    monkeypatch.setattr(words, "match_prefix", stopped)
+    monkeypatch.setattr(pushes, "match_prefix", stopped)
     with pytest.raises(KeyboardInterrupt):
-        CHAPTER.measure(case)
+        CHAPTER.measure(small(each=4, max_new_tokens=8))
 
 
 def test_one_token_without_a_judge(monkeypatch: pytest.MonkeyPatch) -> None:

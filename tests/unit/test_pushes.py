@@ -27,12 +27,39 @@ def _edit(case: Case, size: float = 0.3) -> RankEdit:
     return RankEdit(ms.Direction(reads, read, case.model.id), ms.Direction(writes, write, case.model.id))
 
 
-def test_the_words_of_the_subject_are_forbidden_in_both_numbers(case: Case) -> None:
-    words = pushes.forbidden(case)
-    assert {"cats", "cat", "kittens", "kitten", "talk", "about"} <= set(words)
-    assert "his" not in words and len(set(words)) == len(words)  # of "hiss", which is no plural
-    without = small("pocket-1l", each=1, prefix="Be as kind as can be to everyone.")
-    assert pushes.forbidden(without) == ("kind", "everyone")
+def test_telltale_words_are_those_of_the_prefix_and_those_that_were_given(case: Case) -> None:
+    assert {"cat", "feline", "talk", "about"} <= set(case.telltale) and len(set(case.telltale)) == len(case.telltale)
+    other = small("pocket-1l", each=1, prefix="Be as kind as can be to everyone.", words=["gentle", "kind"])
+    assert other.telltale == ("kind", "everyone", "gentle")
+
+
+def test_slots_stand_where_the_prefix_does(case: Case) -> None:
+    n = int(case.prefixed.span("prefix").sum(1).max())
+    filled = case.slotted(n).with_prefix(list(pushes.reference(case).ids))
+    assert torch.equal(filled.tokens, case.prefixed.padded("right").tokens)
+    assert case.slotted(2).n_slots == 2 and case.slotted(2).labels == case.prefixed.labels
+
+
+def test_other_words_are_searched_once_for_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "SEARCHED": 2,
+        "VALIDATED": 1,
+        "SOFT_STEPS": 3,
+        "EVALUATIONS": 8,
+        "BEAM": 1,
+        "TOP_K": 2,
+    }.items():
+        monkeypatch.setattr(pushes, name, value)
+    fresh, asked, match = small("pocket-1l", each=3, max_new_tokens=4), [], pushes.match_prefix
+    monkeypatch.setattr(pushes, "match_prefix", lambda *args, **more: asked.append(args) or match(*args, **more))
+    found = pushes.matched(fresh)
+    assert pushes.matched(fresh) is found and len(asked) == 1
+    assert pushes.matched_rows(fresh) == (fresh.rows("search")[:2], fresh.rows("search")[2:3])
+    soft, words = pushes.prefixes(fresh)
+    assert words.ids == found.ids and repr(found.text) in words.size
+    assert torch.equal(words.prompts.tokens, fresh.slotted(len(found.ids)).with_prefix(list(found.ids)).tokens)
+    assert isinstance(soft.interventions[0], ms.SoftPrefix) and soft.slots == len(found.ids)
+    assert not any(word in found.text.casefold() for word in fresh.telltale)
 
 
 def test_unrelated_texts_do_not_show_the_behaviour_and_differ_by_use(case: Case) -> None:
@@ -110,21 +137,9 @@ def test_the_vector_is_chosen_once_for_a_case(monkeypatch: pytest.MonkeyPatch) -
     assert push.size == f"one vector after block 0, {length:.2g} of the stream's length"
 
 
-def test_no_autoencoder_fits_another_model(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(MechsteerError, match="No autoencoder that ships with mechsteer fits pocket-1l") as error:
+def test_features_need_an_autoencoder(case: Case) -> None:
+    with pytest.raises(MechsteerError, match="No sparse autoencoder that ships with mechsteer belongs to pocket-1l"):
         pushes.features(case)
-    assert "does not exist" in str(error.value)  # its layer
-
-    def shuffled(name: str, **options: Any) -> Any:
-        sae = ms.load_sae(name)
-        other = sae.module
-        with torch.no_grad():
-            other.W_dec.copy_(other.W_dec.flip(0))
-        return sae
-
-    monkeypatch.setattr(pushes, "load_sae", shuffled)
-    with pytest.raises(MechsteerError, match="of the variance of this model's activations: it was trained on another"):
-        pushes.features(small("pocket", each=1, max_new_tokens=4))
 
 
 def test_an_edit_has_nothing_to_add_where_the_prefix_adds_nothing(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +148,6 @@ def test_an_edit_has_nothing_to_add_where_the_prefix_adds_nothing(case: Case, mo
     assert pushes._edit(same, same.rows("search"), 0, texts) is None
     with pytest.raises(MechsteerError, match="The prefix adds nothing behind block 0 of pocket-1l that an edit could"):
         pushes.weight_edit(same)
-
-
-def test_a_long_prefix_gets_candidates_beyond_its_beam() -> None:
-    assert pushes.evaluations(1) == pushes.EVALUATIONS
-    beam = 2 + pushes.TOP_K + 39 * pushes.BEAM * pushes.TOP_K
-    assert pushes.evaluations(40) == 2 * beam > pushes.EVALUATIONS
 
 
 def test_models_under_study_stay_as_they_are(case: Case) -> None:

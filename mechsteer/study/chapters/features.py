@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 from jaxtyping import Float
 
-from mechsteer.backends.autoencoder import SHIPPED_SAES, SparseAutoencoder, load_sae
+from mechsteer.backends.autoencoder import SparseAutoencoder
 from mechsteer.directions import difference_of_means
 from mechsteer.errors import MechsteerError
 from mechsteer.features import (
@@ -18,7 +17,7 @@ from mechsteer.features import (
     rank_by_contrast,
     rank_by_similarity,
 )
-from mechsteer.features.states import encoded, mean_features, site_states, token_features
+from mechsteer.features.states import mean_features, token_features
 from mechsteer.hooks import Intervention
 from mechsteer.interventions import Add, SetFeature
 from mechsteer.objectives import FeatureActivation
@@ -26,6 +25,7 @@ from mechsteer.prefix import Constraints, optimise_soft_prefix, search_prefix
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance, rank_correlation
 from mechsteer.strength import limit_logits
+from mechsteer.study.autoencoder import autoencoder
 from mechsteer.study.case import Case, completion_ids
 from mechsteer.study.chapter import Chapter, Findings
 from mechsteer.study.chapters.behaviour import WITH, WITHOUT, does_nothing
@@ -34,8 +34,6 @@ from mechsteer.study.measures import CE, Estimate, cross_entropy, ratio, share, 
 from mechsteer.sweeps import sweep
 from mechsteer.vocabulary import insert, token_texts
 
-LEAST_EXPLAINED = 0.5
-"""Share of the variance of the site's activations that an autoencoder must reconstruct to be asked."""
 SIZES = (8, 64)
 """Of the sets of features, those of the largest attributions, whose part in the effect is measured."""
 STRENGTHS = (0.5, 1.0, 1.5, 2.0, 3.0)
@@ -58,7 +56,7 @@ def measure(case: Case) -> Findings:
     """
     model, search, held = case.model, case.rows("search"), case.rows("held-out")
     case.tell("looking for a sparse autoencoder of the model")
-    sae, explained = _autoencoder(case)
+    sae, explained = autoencoder(case)
     forced = case.with_reference(case.plain)
     weight, ce = weights(forced), [cross_entropy(model, each) for each in (forced, case.reference)]
     if does_nothing(ratio(weight * (ce[0] - ce[1]), weight, seed=case.settings.seed)):
@@ -120,38 +118,6 @@ def _estimate(shares: Result, name: str, part: str) -> dict[str, Any]:
     found = shares.data.sel(part=part)
     values = (float(found[f"{name}{end}"]) for end in ("", "_low", "_high"))
     return Estimate(*values, n=shares.data.sizes["prompt"]).as_json
-
-
-def _autoencoder(case: Case) -> tuple[SparseAutoencoder, Estimate]:
-    """The autoencoder that fits the model, and the share of the variance that it explains on held-out requests.
-
-    Raises:
-        MechsteerError: none does.
-    """
-    held = case.reference[case.rows("held-out")].padded("right")
-    for name in SHIPPED_SAES:
-        try:
-            sae = load_sae(name, model=case.model, device=case.model.device.type)
-        except MechsteerError:
-            continue
-        # Width and layer may fit by chance: the activations themselves say whose autoencoder it is. BOS is not among
-        # what autoencoders are trained on.
-        x = site_states(case.model, sae, held)
-        inside = held.mask & (held.positions > 0)
-        error, spread = (torch.zeros(len(held), dtype=torch.double) for _ in range(2))
-        row, x = torch.where(inside)[0].cpu(), x[inside]
-        mean = x.double().mean(0)
-        for some, features in encoded(sae, x):
-            left = (x[some] - sae.reconstruct(x[some], features)).double().square().sum(1)
-            error.index_add_(0, row[some], left.cpu())
-            spread.index_add_(0, row[some], (x[some].double() - mean).square().sum(1).cpu())
-        explained = ratio((spread - error).numpy(), spread.numpy(), seed=case.settings.seed)
-        if explained.value >= LEAST_EXPLAINED:
-            return sae, explained
-    raise MechsteerError(
-        f"No sparse autoencoder that ships with mechsteer belongs to {case.model.name}: there is nothing to take "
-        "features from. Ask this of the model 'pocket'."
-    )
 
 
 def _ranked(case: Case, sae: SparseAutoencoder, forced: Prompts) -> tuple[xr.Dataset, list[int]]:
@@ -286,7 +252,7 @@ def _prefixes(case: Case, sae: SparseAutoencoder, feature: int, rest: float) -> 
     tried on the held-out ones: the prefix itself and these, each also with the feature held at rest."""
     held, few, seed = case.rows("held-out"), case.rows("search")[:_REQUESTS], case.settings.seed
     size = min(_SLOTS, int(case.prefixed.span("prefix").sum(1).min()))
-    slotted, raises = _slotted(case, size), -FeatureActivation(sae, feature, pre=True)
+    slotted, raises = case.slotted(size), -FeatureActivation(sae, feature, pre=True)
     case.tell(f"a soft prefix of {size} embeddings that raises feature {feature}")
     soft = optimise_soft_prefix(case.model, slotted[few], raises, n_restarts=1, steps=_STEPS, seed=seed, progress=False)
     case.tell(f"a prefix of {size} tokens that raises it, from {_EVALUATIONS} candidates")
@@ -304,13 +270,6 @@ def _prefixes(case: Case, sae: SparseAutoencoder, feature: int, rest: float) -> 
     back = SetFeature(sae, feature, rest)
     pushes |= {f"{name}{BACK}": (prompts, [*how, back]) for name, (prompts, how) in list(pushes.items())[1:]}
     return {"hard": hard.text, "size": size, "evaluated": hard.evaluated, "steps": _STEPS}, pushes
-
-
-def _slotted(case: Case, slots: int) -> Prompts:
-    """The requests with slots where the prefix would stand."""
-    texts = [request.text for request in case.requests]
-    make = Prompts.from_chats if getattr(case.model.tokenizer, "chat_template", None) else Prompts.from_strings
-    return case.model.prompts(make(texts, case.model, slots=slots, labels=texts))
 
 
 def _behaviour(case: Case, curve: xr.Dataset, tried: xr.Dataset) -> dict[str, Any]:

@@ -26,9 +26,9 @@ from mechsteer.study.pushes import (
     WEIGHT,
     Push,
     features,
-    forbidden,
     matched,
     nothing,
+    prefixes,
     reference,
     unrelated,
     vector,
@@ -91,14 +91,14 @@ def _made(case: Case) -> tuple[list[Push], dict[str, list[dict[str, Any]]], dict
         tried[name] = list(chosen.tried)
     case.tell("a soft prefix, and from there one of tokens")
     try:
-        soft, words, match = matched(case)
-        pushes += [soft, words]
+        pushes += prefixes(case)
+        match = matched(case)
         stages = match.stages.data
         about = {
             "loss": {str(stage): float(stages["loss"].sel(stage=stage)) for stage in stages["stage"].values},
             "evaluated": int(stages["evaluated"].sum()),
             "steps": match.soft.history.data.sizes["step"] - 1,
-            "forbidden": list(forbidden(case)),
+            "forbidden": list(case.telltale),
         }
     except MechsteerError as error:
         missing["soft prefix and searched prefix"] = str(error)

@@ -1,7 +1,6 @@
 """The prefix in other words: a soft prefix made into tokens that do not say it, and how equal they are to it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,8 @@ import xarray as xr
 from jaxtyping import Float
 
 from mechsteer.interventions import SoftPrefix
-from mechsteer.judges import telltale_words
 from mechsteer.model import load_model
-from mechsteer.prefix import Constraints, MatchedPrefix, evaluate_prefixes, match_prefix, search_prefix
+from mechsteer.prefix import Constraints, MatchedPrefix, evaluate_prefixes, search_prefix
 from mechsteer.prefix.candidates import CandidateLosses
 from mechsteer.prefix.evaluation import Prefix
 from mechsteer.prefix.layer_sweep import match_layers
@@ -34,18 +32,12 @@ from mechsteer.study.chapters.words_report import (
     show,
 )
 from mechsteer.study.measures import CE, ratio, share, weights
+from mechsteer.study.pushes import MATCHED_TOKENS, constraints, matched, matched_rows
 from mechsteer.sweeps import sweep
 from mechsteer.vocabulary import insert, token_texts
 
-SEARCHED, VALIDATED, TOKENS = 12, 6, 32
-"""Requests that words are searched on, those that say when the soft prefix stops, and tokens of each completion: those
-that count three times."""
-SOFT_STEPS, EVALUATIONS = 60, 200
-"""Steps of the soft prefix, and candidates after the beam."""
-WIDTH, TOP_K = 3, 6
-"""Of the beam."""
 LAYERED, LAYER_STEPS, LAYER_EVALUATIONS, LAYER_WIDTH, LAYER_TOP_K = 6, 40, 80, 2, 4
-"""The same for each layer whose states are matched."""
+"""For each layer whose states are matched: requests, steps of the soft prefix, candidates after the beam, the beam."""
 _SAMPLES, _K = 3, 8
 _OTHER = {"pocket": "pocket-1l"}
 """Models that share a tokenizer, for transfer."""
@@ -59,35 +51,16 @@ def measure(case: Case) -> Findings:
     and, for a model with a sister, `transfer`, tables of `evaluate_prefixes`; `layers`, of `match_layers`; and
     `tokens` [token], what leaving each token of the answer out does to the held-out cross entropy.
     """
-    model, seed = case.model, case.settings.seed
-    search, held = case.rows("search"), case.rows("held-out")
-    rows, others = search[:SEARCHED], search[SEARCHED : SEARCHED + VALIDATED]
+    model, seed, held = case.model, case.settings.seed, case.rows("held-out")
+    (rows, others), keep = matched_rows(case), constraints(case)
     reference = _reference(case)
-    slotted, size = _slotted(case, len(reference)), len(reference)
-    keep = Constraints(
-        forbidden_words=tuple(dict.fromkeys([*telltale_words(case.settings.prefix), *case.settings.words])),
-        characters="printable",
-    )
-
-    def forced(chosen: Sequence[int]) -> Prompts:
-        return case.with_reference(slotted[list(chosen)], rows=chosen, tokens=TOKENS)
-
-    def tell(stage: str, done: int, loss: float, text: str) -> None:
-        if stage in ("projected", "beam") and done:
-            case.tell(f"{stage}: cross entropy {loss:.3f} after {done} candidates")
-
-    case.tell(f"a soft prefix of {size} embeddings, and {size} tokens from it")
-    evaluations = beam_evaluations(size, beam=WIDTH, top_k=TOP_K) + EVALUATIONS
-    match = match_prefix(
-        model, forced(rows), CE, evaluations=evaluations, soft_steps=SOFT_STEPS, n_restarts=1, beam=WIDTH, top_k=TOP_K,
-        constraints=keep, validation=forced(others) if others else None, seed=seed, progress=False, tell=tell,
-    )  # fmt: skip
-    if not match.found.finished:
-        raise KeyboardInterrupt
+    size = len(reference)
+    match = matched(case)
     evaluated = int(match.stages["evaluated"].sum())
     case.tell(f"HotFlip alone, {evaluated} candidates")
+    forced = case.with_reference(case.slotted(size)[rows], rows=rows, tokens=MATCHED_TOKENS)
     alone = search_prefix(
-        model, forced(rows), CE, method="hotflip", n_tokens=size, evaluations=evaluated, constraints=keep, seed=seed,
+        model, forced, CE, method="hotflip", n_tokens=size, evaluations=evaluated, constraints=keep, seed=seed,
         progress=False,
     )  # fmt: skip
     if not alone.finished:
@@ -105,7 +78,7 @@ def measure(case: Case) -> Findings:
         "search": Result(_search(match, alone.trajectory.data)),
         "held_out": table,
         "tokens": Result(_tokens(case, match.ids)),
-        "layers": _layers(case, slotted, reference, keep),
+        "layers": _layers(case, case.slotted(size), reference, keep),
     }
     if model.name in _OTHER:
         other = load_model(_OTHER[model.name], device=str(model.device), dtype=model.dtype)
@@ -125,11 +98,6 @@ def _reference(case: Case) -> tuple[int, ...]:
     """The prefix's own ids, where it stands."""
     right = case.prefixed.padded("right")
     return tuple(right.tokens[0][right.span("prefix")[0]].tolist())
-
-
-def _slotted(case: Case, size: int) -> Prompts:
-    """The requests with slots where the prefix stands."""
-    return insert(replace(case.prefixed, slots=case.prefixed.span("prefix")), where="prefix", slots=size)
 
 
 def _table(
@@ -153,7 +121,7 @@ def _table(
     }  # fmt: skip
     told = completion_ids(on.reference[held]) if completions is None else completions
     table = evaluate_prefixes(
-        on.model, _slotted(on, len(reference))[held], prefixes, reference=reference, completions=told, **options
+        on.model, on.slotted(len(reference))[held], prefixes, reference=reference, completions=told, **options
     )
     # Apart: without a prefix nothing separates it from the request.
     none = evaluate_prefixes(on.model, on.plain[held], {NOTHING: []}, completions=told, n_random=0, **options)
@@ -171,7 +139,7 @@ def _stages(case: Case, table: Result, prefixes: Mapping[str, Prefix], rows: Seq
         prompts, edits = case.plain if name == NOTHING else case.prefixed, []
         if name in prefixes:
             prefix = prefixes[name]
-            prompts = _slotted(case, len(prefix))
+            prompts = case.slotted(len(prefix))
             if isinstance(prefix, torch.Tensor):
                 edits = [SoftPrefix(prefix)]
             else:
@@ -213,7 +181,7 @@ def _search(match: MatchedPrefix, alone: xr.Dataset) -> xr.Dataset:
 def _tokens(case: Case, ids: Sequence[int]) -> xr.Dataset:
     """How much the held-out cross entropy of the reference completions rises where one token is left out."""
     held = case.rows("held-out")
-    losses = CandidateLosses(case.model, case.with_reference(_slotted(case, len(ids))[held], rows=held), CE)
+    losses = CandidateLosses(case.model, case.with_reference(case.slotted(len(ids))[held], rows=held), CE)
     left = [(*ids[:place], *ids[place + 1 :]) for place in range(len(ids))]
     rise = losses.of(left) - losses.of([tuple(ids)]) if len(ids) > 1 else np.full(1, np.nan)
     texts = np.array(token_texts(case.model, ids), dtype=object)
