@@ -1,6 +1,6 @@
 """`mechsteer.strength` beside the ways it replaces, on the same machine, in the same run.
 
-    python benchmarks/strength.py                  # every model, median of 3
+    python benchmarks/strength.py                  # median of 3
     python benchmarks/strength.py --check          # exit status 1 where a bar is missed; parity and choice too
     python benchmarks/strength.py --models stories260K --tokens 20000 --runs 1
 
@@ -292,7 +292,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a bar is missed")
     parser.add_argument("--runs", type=int, default=3, help="turns; the median counts")
-    parser.add_argument("--models", nargs="+", default=["stories260K", "pocket", "gpt2-small"])
+    parser.add_argument(
+        "--models", nargs="+", default=["stories260K", "pocket"], help="also gpt2-small, its shape with random weights"
+    )
     parser.add_argument("--tokens", type=int, default=100_000, help="of Delta CE")
     parser.add_argument("--cases", type=Path, help="folder that keeps finished cases of choose_alpha.py")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "TOKENS"), help=argparse.SUPPRESS)

@@ -39,7 +39,7 @@ app.add_typer(pocket, name="pocket")
 
 # Here and not in mechsteer.study, which takes seconds to import: the help shows them.
 PREFIX = "Talk only about cats."
-CHAPTERS = ("behaviour", "entry", "travel", "vector", "strength")
+CHAPTERS = ("behaviour", "entry", "travel", "vector", "strength", "features", "words", "together")
 REQUESTS = (
     "Tell me a short story about my holiday.",
     "Give me three bullet points about the meeting.",

@@ -261,7 +261,7 @@ def test_a_model_without_an_autoencoder_or_a_judge(small_budgets: None) -> None:
     assert other.judge is None
     found = CHAPTER.measure(other)
     assert "features" not in found.summary["pushes"]
-    assert found.summary["missing"]["features"].startswith("No autoencoder that ships with mechsteer fits")
+    assert found.summary["missing"]["features"].startswith("No sparse autoencoder that ships with mechsteer belongs to")
     blocks = show(found)
     table = next(block for block in blocks if isinstance(block, Table))
     assert table.header[:3] == ["push", "KL from the prefix", "CE of its completions"]

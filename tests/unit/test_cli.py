@@ -31,12 +31,14 @@ def test_public_names() -> None:
         _ = mechsteer.lode_model  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("command", [[], ["pocket"], ["pocket", "try"], ["pocket", "train"], ["pocket", "check"]])
+@pytest.mark.parametrize(
+    "command", [[], ["study"], ["prefix"], ["pocket"], ["pocket", "try"], ["pocket", "train"], ["pocket", "check"]]
+)
 def test_help(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command, "--help", monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
     assert "Usage" in out
-    if len(command) > 1:
+    if command and command != ["pocket"]:
         assert "Examples" in out
         assert f"mechsteer {' '.join(command)}" in out.split("Examples")[1]
 

@@ -6,7 +6,7 @@ from importlib import import_module
 from mechsteer.errors import MechsteerError
 from mechsteer.study.chapter import Chapter
 
-NAMES = ("behaviour", "entry", "travel", "vector", "strength")
+NAMES = ("behaviour", "entry", "travel", "vector", "strength", "features", "words", "together")
 """In the order of the report, which is also the order of reading."""
 
 
