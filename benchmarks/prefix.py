@@ -3,6 +3,7 @@
     python benchmarks/prefix.py --peer-python PATH                # about eight minutes on one idle core
     python benchmarks/prefix.py --peer-python PATH --check        # exit status 1 where a bar is missed
     python benchmarks/prefix.py --peer-python PATH --quick        # two seeds of two seconds
+    python benchmarks/prefix.py --peer-python PATH --check --full --cases cases      # what is found, too
 
 nanoGCG 0.3.0 keeps its prefix cache with transformers 4.47 only, so it runs in an interpreter of its own, PATH:
 
@@ -15,6 +16,9 @@ nanoGCG 0.3.0 keeps its prefix cache with transformers 4.47 only, so it runs in 
   the steps that were over in time, by nanoGCG's GCG and our default search, of prefixes that survive as text
 - a soft step: an Adam step of `optimise_soft_prefix`, set-up included, beside a forward and backward pass of
   TransformerLens through the same prompts and prefixes, whose parameters need no gradients either
+
+`--full` also runs `prefix_layers.py`, of states at every layer, and `prefix_stages.py`, of six teachers and ten seeds,
+which takes two hours on a core, and keeps finished cases in the folder.
 
 `--clock cpu` counts each process's own time instead of the wall's, for a machine that does other work too.
 """
@@ -327,6 +331,8 @@ def main() -> int:
     parser.add_argument("--top-k", type=int, default=64, help="tokens a slot")
     parser.add_argument("--batch", type=int, help="nanoGCG's batch size; None for the whole width, as by default")
     parser.add_argument("--runs", type=int, default=5, help="turns of the soft step; the median counts")
+    parser.add_argument("--full", action="store_true", help="also prefix_layers.py and prefix_stages.py")
+    parser.add_argument("--cases", default="cases", help="folder that keeps finished cases of prefix_stages.py")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.seeds, arguments.seconds, arguments.runs = 2, 2.0, 2
@@ -385,6 +391,10 @@ def main() -> int:
     for note in skipped:
         print(note)
     print(f"{arguments.threads} threads, torch {torch.__version__}")
+    for script, *options in (("prefix_layers.py",), ("prefix_stages.py", "--folder", arguments.cases)):
+        if arguments.full:
+            command = [sys.executable, str(Path(__file__).with_name(script)), "--check", *options]
+            missed |= subprocess.run(command).returncode != 0
     return int(arguments.check and missed)
 
 
