@@ -208,15 +208,19 @@ def report(found: dict[tuple[str, int], dict[str, Any]], markdown: bool) -> int:
         [one["adherence"]["reference"] for one in every]
     )
     wins = np.mean([each for group in won.values() for each in group])
-    low = min(np.mean(group) for group in won.values())
+    seeds = {seed: [one for (_, at), one in found.items() if at == seed] for _, seed in found}
+    below = [
+        all(np.mean([one["search"]["final"] - one["search"][name] for one in own]) < 0 for name in PURE)
+        for own in seeds.values()
+    ]
     means = [np.mean([one["search"][name] for one in every]) for name in ("soft", "final", "projected")]
     survives = all(one["survives"]["final"] == one["requests"] for one in every)
     met = {
         "soft < final < projected: " + " < ".join(f"{mean:.3f}" for mean in means): means == sorted(means),
         f"hardening gap closed, median of {len(every)}: {np.nanmedian(shares):.1%} (quartiles "
         f"{np.nanquantile(shares, 0.25):.1%} and {np.nanquantile(shares, 0.75):.1%})": np.nanmedian(shares) >= CLOSED,
-        f"final below HotFlip and GCG at {EVALUATIONS} candidates each: {wins:.1%}, least of a teacher {low:.1%}": wins
-        >= WON,
+        f"final below HotFlip and GCG at {EVALUATIONS} candidates, mean over teachers: {sum(below)} of {len(below)} "
+        "seeds": np.mean(below) >= WON,
         f"adherence of the final prefix on held-out requests: {ratio:.1%} of the reference's": ratio >= ADHERENCE,
         "every final prefix survives in every held-out prompt": survives,
         "no final prefix breaks the constraints": not any(one["violation"] for one in every),
@@ -224,6 +228,9 @@ def report(found: dict[tuple[str, int], dict[str, Any]], markdown: bool) -> int:
     for text, bar in met.items():
         print(f"{'ok    ' if bar else 'MISSED'}  {text}")
     refined = [closed(one, by="refined") for one in every]
+    print(f"        final below both in {wins:.1%} of single cases; below "
+          + ", ".join(f"{name} in {np.mean([one['search']['final'] < one['search'][name] for one in every]):.1%}"
+                      for name in RIVALS))  # fmt: skip
     print(f"        gap closed on held-out requests, median {np.nanmedian(held):.1%}")
     print(f"        gap closed by HotFlip from the projection: {np.nanmedian(refined):.1%} (quartiles "
           f"{np.nanquantile(refined, 0.25):.1%} and {np.nanquantile(refined, 0.75):.1%})")  # fmt: skip

@@ -411,6 +411,7 @@ def test_the_same_call_goes_on_after_a_kill(run: Callable[..., Any], tmp_path: P
         return Findings()
 
     def child() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in what they run in the background
         with (tmp_path / "said").open("w") as sys.stderr:
             run(quick, replace(slow, measure=forever), last, progress=True)
 
