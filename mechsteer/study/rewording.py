@@ -4,7 +4,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from os import PathLike, fspath
 from pathlib import Path
@@ -36,7 +36,6 @@ from mechsteer.study.rewording_report import NOTHING, OURS, SOFT
 from mechsteer.study.runner import check_device
 from mechsteer.study.settings import SPLITS, Settings, as_requests, read_json
 from mechsteer.study.watch import Watch
-from mechsteer.vocabulary import insert
 
 FORMAT, VERSION = "rewording", 1
 FILE, SUMMARY, MATCH = "prefix.json", "summary.json", "match"
@@ -244,7 +243,7 @@ class _Job:
                 f"evaluations: {options.evaluations} do not reach beyond the beam, which may take {least - 1} for "
                 f"{size} tokens. Give {least} or more, or fewer tokens."
             )
-        slotted = _slotted(case, size)
+        slotted = case.slotted(size)
         longest, n_ctx = int(slotted.lengths.max()), case.model.n_ctx
         if longest + case.max_new_tokens > n_ctx:
             raise MechsteerError(
@@ -357,11 +356,6 @@ class _Job:
         return Result(xr.concat([table.data, none.data], "prefix", data_vars="minimal"), provenance=table.provenance)
 
 
-def _slotted(case: Case, size: int) -> Prompts:
-    """The requests with slots where the prefix stands."""
-    return insert(replace(case.prefixed, slots=case.prefixed.span("prefix")), where="prefix", slots=size)
-
-
 def _other(case: Case, name: str, size: int, log: Log) -> tuple[Model, Prompts]:
     log.line(f"loading {name}, to try the prefixes on")
     model = load_model(name, device=case.settings.device, dtype=getattr(torch, case.settings.dtype))
@@ -371,7 +365,7 @@ def _other(case: Case, name: str, size: int, log: Log) -> tuple[Model, Prompts]:
             f"transfer: {model.name} has another tokenizer than {case.model.name}, so the same ids are other words "
             "there. Give a model with the same one, or none."
         )
-    return model, _slotted(Case.of(case.settings, model=model), size)
+    return model, Case.of(case.settings, model=model).slotted(size)
 
 
 # ---- the folder ----
