@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
+from mechsteer.backends.layers import Layer, Linear, Norm, Rotation
 from mechsteer.backends.packing import Bucket, Layout, Pack, whole_pack
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
@@ -46,7 +47,7 @@ def key_of(site: Site) -> tuple[str, int]:
 
 @dataclass
 class Cache:
-    """Keys (rotated) and values of each layer [example, head, pos, d_head]."""
+    """Keys (rotated, in the order of `Rotation.order`) and values of each layer [example, head, pos, d_head]."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -55,55 +56,34 @@ class Cache:
     def empty(decoder: "Decoder", n_examples: int, n_pos: int) -> "Cache":
         """A cache with room for `n_pos` positions."""
         like = decoder.W_E
-        shape = (n_examples, decoder.n_kv_heads, n_pos, decoder.d_head)
+        # In memory by position: what a token has in all heads is written, and copied for many cells, in one piece.
+        shape = (n_examples, n_pos, decoder.n_kv_heads, decoder.d_head)
 
         def make() -> list[Tensor]:
-            return [like.new_zeros(shape) for _ in decoder.layers]
+            return [like.new_zeros(shape).transpose(1, 2) for _ in decoder.layers]
 
         return Cache(make(), make())
 
 
-@dataclass
-class _Norm:
-    w: Float[Tensor, " d"] | None
-    b: Float[Tensor, " d"] | None
-    eps: float
-    rms: bool
+@dataclass(frozen=True)
+class Alike:
+    """Which rows enter a layer as the same token at the same position, so that its queries, keys and values are too.
 
-    def __call__(self, x: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows d"]:
-        if self.rms:
-            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            normal = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-            return normal if self.w is None else normal * self.w
-        return F.layer_norm(x, x.shape[-1:], self.w, self.b, self.eps)
+    Attributes:
+        first: one row of each kind.
+        kind: of each row.
+    """
 
+    first: Int[Tensor, " kind"]
+    kind: Int[Tensor, " row"]
 
-@dataclass
-class _Linear:
-    w: Float[Tensor, "d_in d_out"]  # contiguous
-    b: Float[Tensor, " d_out"] | None
-
-    def __call__(self, x: Float[Tensor, "row d_in"], part: slice = slice(None)) -> Float[Tensor, "row d_out"]:
-        w = self.w[:, part]
-        return x @ w if self.b is None else torch.addmm(self.b[part], x, w)
-
-
-@dataclass
-class _Layer:
-    ln1: _Norm
-    qkv: _Linear
-    q_norm: _Norm | None
-    k_norm: _Norm | None
-    out: _Linear
-    ln1_post: _Norm | None
-    ln2: _Norm
-    mlp_in: _Linear  # gate and linear part side by side in a gated MLP
-    b_in: Tensor | None  # added after the gate, as TransformerLens does
-    mlp_out: _Linear
-    ln2_post: _Norm | None
-    scale: float
-    window: int | None
-    rotary: tuple[Tensor, Tensor] | None
+    @staticmethod
+    def of(tokens: Int[Tensor, " row"], position: Int[Tensor, " row"]) -> "Alike":
+        """The kinds of rows that enter layer 0."""
+        both = tokens * (int(position.max()) + 1) + position
+        kinds, kind = both.unique(return_inverse=True)
+        first = kind.new_empty(kinds.shape[0]).scatter_(0, kind, torch.arange(kind.shape[0], device=kind.device))
+        return Alike(first, kind)
 
 
 @dataclass
@@ -125,17 +105,16 @@ class Decoder:
         self.logit_cap = float(cfg.output_logits_soft_cap or 0)
         self.gated = bool(cfg.gated_mlp)
         self.act = _ACTIVATIONS[cfg.act_fn]
-        self.adjacent = bool(cfg.rotary_adjacent_pairs)
-        self.rotary_dim = cfg.rotary_dim
+        self.rotation = Rotation(cfg, hooked.W_E.device)
         with torch.no_grad():
             self.W_E = hooked.embed.W_E.detach().clone()
             self.W_pos = (
                 hooked.pos_embed.W_pos.detach().clone() if cfg.positional_embedding_type == "standard" else None
             )
-            rotaries: dict[Any, Any] = {}
-            self.layers = [self._layer(block, rotaries) for block in hooked.blocks]
-            self.ln_final = _norm(hooked.ln_final)
-            self.unembed = _linear(hooked.unembed.W_U, hooked.unembed.b_U)
+            rotary = self.W_pos is None
+            self.layers = [Layer.of(block, self.rotation, gated=self.gated, rotary=rotary) for block in hooked.blocks]
+            self.ln_final = Norm.of(hooked.ln_final)
+            self.unembed = Linear.of(hooked.unembed.W_U, hooked.unembed.b_U)
         self.d_vocab = self.unembed.w.shape[1]
         self.unembed_flops = 2 * self.unembed.w.numel()
 
@@ -155,38 +134,6 @@ class Decoder:
             and "Olmo" not in str(cfg.original_architecture)
         )
         return Decoder(hooked) if known and not odd else None
-
-    def _layer(self, block: Any, rotaries: dict[Any, Any]) -> _Layer:
-        attn, mlp = block.attn, block.mlp
-        grouped = hasattr(attn, "_W_K")
-        k, v = (attn._W_K, attn._W_V) if grouped else (attn.W_K, attn.W_V)
-        b_k, b_v = (attn._b_K, attn._b_V) if grouped else (attn.b_K, attn.b_V)
-        qkv = torch.cat([w.permute(1, 0, 2).flatten(1) for w in (attn.W_Q, k, v)], 1)
-        b_qkv = torch.cat([b.flatten() for b in (attn.b_Q, b_k, b_v)])
-        rotary = None
-        if self.W_pos is None:
-            base = attn._rotary_base()
-            key = (base, attn.attn_type)
-            if key not in rotaries:
-                rotaries[key] = tuple(part.to(self.W_E.device) for part in _rotary_tables(attn, base))
-            rotary = rotaries[key]
-        mlp_in = torch.cat([mlp.W_gate, mlp.W_in], 1) if self.gated else mlp.W_in
-        return _Layer(
-            ln1=_norm(block.ln1),
-            qkv=_linear(qkv, b_qkv),
-            q_norm=_norm(attn.q_norm) if attn.q_norm is not None else None,
-            k_norm=_norm(attn.k_norm) if attn.k_norm is not None else None,
-            out=_linear(attn.W_O.flatten(0, 1), attn.b_O),
-            ln1_post=_norm(block.ln1_post) if hasattr(block, "ln1_post") else None,
-            ln2=_norm(block.ln2),
-            mlp_in=_linear(mlp_in, None if self.gated else mlp.b_in),
-            b_in=_bias(mlp.b_in) if self.gated else None,
-            mlp_out=_linear(mlp.W_out, mlp.b_out),
-            ln2_post=_norm(block.ln2_post) if hasattr(block, "ln2_post") else None,
-            scale=1.0 / float(attn.attn_scale),
-            window=int(attn.cfg.window_size) if attn.attn_type == "local" else None,
-            rotary=rotary,
-        )
 
     # ---- the forward pass ----
 
@@ -220,6 +167,7 @@ class Decoder:
         first: int,
         stop: int,
         from_mlp: bool = False,
+        alike: Alike | None = None,
         past: Cache | None = None,
         own: Cache | None = None,
         edits: Edits | None = None,
@@ -230,6 +178,8 @@ class Decoder:
 
         Args:
             x: `resid_pre` of layer `first` at all rows of `pack`; its `resid_mid` where `from_mlp`.
+            alike: rows of `x` that are the same at the same position; their queries, keys and values in layer `first`
+                are then computed once.
             past: clean keys and values before each item's start; not written.
             own: a cache that the rows' keys and values are written to, and that they attend to, instead of `past`.
                 One cell per example.
@@ -249,7 +199,8 @@ class Decoder:
                 x = _tap("resid_pre", index, x, pack.all, edits, capture)
                 if keep:
                     keep(index, "resid_pre", x)
-                attn_out = self._attention(layer, index, x, pack, queries, past, own, edits, capture)
+                same = alike if index == first else None
+                attn_out = self._attention(layer, index, x, pack, queries, same, past, own, edits, capture)
                 if layer.ln1_post is not None:
                     attn_out = layer.ln1_post(attn_out)
                 attn_out = _tap("attn_out", index, attn_out, queries, edits, capture)
@@ -319,7 +270,7 @@ class Decoder:
 
     def _mlp(
         self,
-        layer: _Layer,
+        layer: Layer,
         index: int,
         mid: Float[Tensor, "row d_model"],
         layout: Layout,
@@ -331,7 +282,9 @@ class Decoder:
             gate, linear = pre.chunk(2, -1)
             gate = _tap("mlp_pre", index, gate, layout, edits, capture)
             linear = _tap("mlp_pre_linear", index, linear, layout, edits, capture)
-            post = self.act(gate) * linear
+            post = self.act(gate)
+            # In place where nothing else holds it: a new tensor of this size costs more than the product.
+            post = post * linear if torch.is_grad_enabled() else post.mul_(linear)
             if layer.b_in is not None:
                 post = post + layer.b_in
         else:
@@ -343,31 +296,19 @@ class Decoder:
         return _tap("mlp_out", index, out, layout, edits, capture)
 
     def _attention(
-        self, layer: _Layer, index: int, x: Float[Tensor, "row d_model"], pack: Pack, queries: Layout,
-        past: Cache | None, own: Cache | None,
+        self, layer: Layer, index: int, x: Float[Tensor, "row d_model"], pack: Pack, queries: Layout,
+        alike: Alike | None, past: Cache | None, own: Cache | None,
         edits: Edits, capture: Capture,
     ) -> Tensor:  # fmt: skip
-        n_q, n_kv, d = self.n_heads, self.n_kv_heads, self.d_head
-        normal = layer.ln1(x)
-        if queries is pack.all:
-            q, k, v = layer.qkv(normal).view(-1, n_q + 2 * n_kv, d).split([n_q, n_kv, n_kv], 1)
-        else:
-            k, v = layer.qkv(normal, slice(n_q * d, None)).view(-1, 2 * n_kv, d).split([n_kv, n_kv], 1)
-            q = layer.qkv(normal[pack.last_index], slice(n_q * d)).view(-1, n_q, d)
-        q = _tap("q", index, q, queries, edits, capture)
-        k = _tap("k", index, k, pack.all, edits, capture)
-        v = _tap("v", index, v, pack.all, edits, capture)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = layer.q_norm(q), layer.k_norm(k)
-        if layer.rotary is not None:
-            q = self._rotate(q, *pack.rotary(queries, layer.rotary))
-            k = self._rotate(k, *pack.rotary(pack.all, layer.rotary))
+        n_q, d = self.n_heads, self.d_head
+        q, k, v = self._queries_keys_values(layer, index, x, pack, queries, alike, edits, capture)
         seen = ("pattern", index) in edits or ("pattern", index) in capture.wanted
         if own is None and pack.sparse and not seen:
             assert past is not None
             z = self._attend_split(layer, index, q, k, v, pack, queries, past)
         else:
             rows = pack.all.rows
+            joined = own is None and pack.joined and not seen
             if own is not None:
                 # Rows are ordered by item: an item's place in the cache is its own, whatever prompt it comes from.
                 own.keys[index][pack.all.item, :, rows.position] = k
@@ -375,10 +316,52 @@ class Decoder:
                 keys, values = (part[index][:, :, : pack.n_keys] for part in (own.keys, own.values))
             else:
                 assert past is not None
-                keys, values = (self._with_own(p[index], x, pack) for p, x in ((past.keys, k), (past.values, v)))
-            z = self._attend(layer, index, q, keys, values, pack, queries, edits, capture, seen)
+                put = self._joined if joined else self._with_own
+                keys, values = (put(p[index], x, pack) for p, x in ((past.keys, k), (past.values, v)))
+            z = self._attend(layer, index, q, keys, values, pack, queries, joined, edits, capture, seen)
         z = _tap("z", index, z, queries, edits, capture)
         return layer.out(z.reshape(-1, n_q * d))
+
+    def _queries_keys_values(
+        self, layer: Layer, index: int, x: Float[Tensor, "row d_model"], pack: Pack, queries: Layout,
+        alike: Alike | None, edits: Edits, capture: Capture,
+    ) -> tuple[Float[Tensor, "query head d"], Float[Tensor, "row kv d"], Float[Tensor, "row kv d"]]:  # fmt: skip
+        """Queries, keys and values; the first two normalised and rotated where the model does that."""
+        n_q, n_kv, d = self.n_heads, self.n_kv_heads, self.d_head
+        tapped = any((kind, index) in edits or (kind, index) in capture.wanted for kind in "qkv")
+        whole = queries is pack.all
+        if alike is not None and whole and not tapped:
+            qkv = layer.qkv(layer.ln1(x[alike.first])).view(-1, n_q + 2 * n_kv, d)
+            turn = None if layer.turns is None else layer.turns[pack.all.rows.position[alike.first]]
+            q, k = self._turned(layer, qkv[:, :n_q], qkv[:, n_q : n_q + n_kv], turn, turn)
+            return q[alike.kind], k[alike.kind], qkv[alike.kind, n_q + n_kv :]
+        normal = layer.ln1(x)
+        if whole:
+            q, k, v = layer.qkv(normal).view(-1, n_q + 2 * n_kv, d).split([n_q, n_kv, n_kv], 1)
+        else:
+            k, v = layer.qkv(normal, slice(n_q * d, None)).view(-1, 2 * n_kv, d).split([n_kv, n_kv], 1)
+            q = layer.qkv(normal[pack.last_index], slice(n_q * d)).view(-1, n_q, d)
+        if tapped:
+            q = self.rotation.pair(_tap("q", index, self.rotation.unpair(q), queries, edits, capture))
+            k = self.rotation.pair(_tap("k", index, self.rotation.unpair(k), pack.all, edits, capture))
+            v = _tap("v", index, v, pack.all, edits, capture)
+        turns = [None if layer.turns is None else pack.of_position(rows, layer.turns) for rows in (queries, pack.all)]
+        return *self._turned(layer, q, k, *turns), v
+
+    def _turned(
+        self,
+        layer: Layer,
+        q: Float[Tensor, "query head d"],
+        k: Float[Tensor, "row kv_head d"],
+        of_q: Shaped[Tensor, "query ..."] | None,
+        of_k: Shaped[Tensor, "row ..."] | None,
+    ) -> tuple[Float[Tensor, "query head d"], Float[Tensor, "row kv_head d"]]:
+        """Queries and keys after their norms and rotations."""
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q, k = layer.q_norm(q), layer.k_norm(k)
+        if of_q is None or of_k is None:
+            return q, k
+        return self.rotation(q, of_q), self.rotation(k, of_k)
 
     def _with_own(
         self, clean: Float[Tensor, "example head pos d_head"], x: Float[Tensor, "row head d_head"], pack: Pack
@@ -394,32 +377,25 @@ class Decoder:
         full[pack.all.item, :, pack.all.rows.position] = x
         return full
 
-    def _rotate(
-        self,
-        x: Float[Tensor, "row head d_head"],
-        sin: Float[Tensor, "row 1 rotary_dim"],
-        cos: Float[Tensor, "row 1 rotary_dim"],
-    ) -> Float[Tensor, "row head d_head"]:
-        whole = self.rotary_dim == self.d_head
-        part = x if whole else x[..., : self.rotary_dim]
-        if self.adjacent:
-            flipped = torch.stack([-part[..., 1::2], part[..., ::2]], -1).flatten(-2)
-        else:
-            first, second = part.chunk(2, -1)
-            flipped = torch.cat([-second, first], -1)
-        turned = torch.addcmul(part * cos, flipped, sin)
-        return turned if whole else torch.cat([turned, x[..., self.rotary_dim :]], -1)
+    def _joined(
+        self, clean: Float[Tensor, "example head pos d_head"], x: Float[Tensor, "row head d_head"], pack: Pack
+    ) -> Float[Tensor, "item head key d_head"]:
+        """Clean keys or values before any item's start, and behind them each item's own, at `Pack.key_positions`."""
+        e, m, n_past = pack.n_examples, pack.n_cells, pack.n_past
+        own = pack.all.pad(x).unflatten(0, (e, m))
+        before = clean[:, :, :n_past].transpose(1, 2)[:, None].expand(e, m, n_past, *x.shape[1:])
+        return torch.cat([before, own], 2).flatten(0, 1).transpose(1, 2)
 
     def _scores(self, scores: Float[Tensor, "*shape"], scale: float) -> Float[Tensor, "*shape"]:
         scores = scores * scale
         return torch.tanh(scores / self.soft_cap) * self.soft_cap if self.soft_cap > 0 else scores
 
     def _attend(
-        self, layer: _Layer, index: int, q: Float[Tensor, "query head d_head"],
+        self, layer: Layer, index: int, q: Float[Tensor, "query head d_head"],
         keys: Float[Tensor, "item kv_head key d_head"], values: Float[Tensor, "item kv_head key d_head"],
-        pack: Pack, queries: Layout, edits: Edits, capture: Capture, seen: bool,
+        pack: Pack, queries: Layout, joined: bool, edits: Edits, capture: Capture, seen: bool,
     ) -> Float[Tensor, "query head d_head"]:  # fmt: skip
-        """Attention of each item's queries to its keys and values [item, head, key, d], at absolute positions."""
+        """Attention of each item's queries to its keys and values, as `_joined` gives them or at absolute positions."""
         n_kv, group = self.n_kv_heads, self.n_heads // self.n_kv_heads
         buckets = pack.buckets(queries)
         if seen:
@@ -427,7 +403,7 @@ class Decoder:
         out = q.new_empty(q.shape) if len(buckets) > 1 else None
         for bucket in buckets:
             mine_k, mine_v = (x if bucket.items is None else x[bucket.items] for x in (keys, values))
-            padded, mask = bucket.pad(q), bucket.mask(layer.window, q.dtype)
+            padded, mask = bucket.pad(q), bucket.mask(layer.window, q.dtype, joined)
             if not seen and self.soft_cap <= 0:
                 z = F.scaled_dot_product_attention(
                     padded, mine_k, mine_v, attn_mask=mask, scale=layer.scale, enable_gqa=group > 1
@@ -447,7 +423,7 @@ class Decoder:
 
     def _attend_split(
         self,
-        layer: _Layer,
+        layer: Layer,
         index: int,
         q: Float[Tensor, "query head d_head"],
         k: Float[Tensor, "row kv_head d_head"],
@@ -489,33 +465,3 @@ def _tap(
     if (kind, layer) in capture.wanted:
         capture.taken[kind, layer] = (x, layout)
     return x
-
-
-def _rotary_tables(attn: Any, base: float) -> tuple[Tensor, Tensor]:
-    """Sine and cosine of all positions of the context [pos, rotary_dim]."""
-    # The module's own as far as they go: they may have been computed in another precision than they are stored in.
-    own = attn.rotary_sin, attn.rotary_cos
-    n_own = own[0].shape[0]
-    if n_own >= attn.cfg.n_ctx:
-        return own
-    full = attn.calculate_sin_cos_rotary(attn.cfg.rotary_dim, attn.cfg.n_ctx, base=base, dtype=attn.cfg.dtype)
-    return tuple(torch.cat([mine, more.to(mine)[n_own:]]) for mine, more in zip(own, full, strict=True))  # type: ignore
-
-
-def _bias(b: Float[Tensor, " d"]) -> Float[Tensor, " d"] | None:
-    return b.detach().clone() if bool(b.any()) else None
-
-
-def _linear(w: Float[Tensor, "d_in d_out"], b: Float[Tensor, "..."] | None) -> _Linear:
-    return _Linear(w.detach().clone(memory_format=torch.contiguous_format), None if b is None else _bias(b.flatten()))
-
-
-def _norm(module: Any) -> _Norm:
-    name = type(module).__name__
-    w, b = getattr(module, "w", None), getattr(module, "b", None)
-    return _Norm(
-        None if w is None else w.detach().clone(),
-        None if b is None else b.detach().clone(),
-        float(module.eps),
-        name.startswith("RMS"),
-    )

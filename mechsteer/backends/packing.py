@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mechsteer.prompts import Prompts
@@ -94,6 +94,8 @@ class Pack:
         self.n_keys = int(stop.max())
         # Recomputing few of many positions, cells share the clean keys; else each gets its own copy of all keys.
         self.sparse = 4 * item.shape[0] < n_items * self.n_keys
+        # Clean keys first and own ones behind them: a copy in two pieces, if that adds few keys that nobody sees.
+        self.joined = self.n_past > 0 and 5 * (self.n_past + width) <= 6 * self.n_keys
         self._memo: dict[Any, Any] = {}
 
     def buckets(self, queries: Layout) -> "list[Bucket]":
@@ -126,13 +128,25 @@ class Pack:
             self._memo[key] = _additive(allowed, query < 0, dtype)
         return self._memo[key]
 
-    def rotary(self, queries: Layout, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Sine and cosine of each row's position [row, 1, rotary_dim]."""
-        key = ("rotary", queries is self.last, id(tables))
+    def of_position(self, queries: Layout, table: Shaped[Tensor, "pos ..."]) -> Shaped[Tensor, "row ..."]:
+        """What a table says of each row's position; kept, because all layers ask."""
+        key = ("of_position", queries is self.last, id(table))
         if key not in self._memo:
-            position = queries.rows.position
-            self._memo[key] = tables[0][position][:, None], tables[1][position][:, None]
+            self._memo[key] = table[queries.rows.position]
         return self._memo[key]
+
+    def key_positions(self, items: Int[Tensor, " item"] | None) -> Int[Tensor, "item key"]:
+        """Positions of keys that stand as (clean ones, each item's own); past the last where an item has no such key.
+
+        Args:
+            items: which; None for all.
+        """
+        if "key_positions" not in self._memo:
+            past = torch.arange(self.n_past, device=self.start.device).expand(self.all.n_items, -1)
+            past = past.masked_fill(past >= self.start.reshape(-1, 1), 1 << 30)
+            self._memo["key_positions"] = torch.cat([past, self.all.positions(1 << 30)], 1)
+        found = self._memo["key_positions"]
+        return found if items is None else found[items]
 
 
 class Bucket:
@@ -163,7 +177,7 @@ class Bucket:
             self.rows = row[self.place]
             if self.place.shape[0] == row.shape[0]:
                 self.place = None
-        self._masks: dict[int | None, Tensor | None] = {}
+        self._masks: dict[tuple[int | None, bool], Tensor | None] = {}
 
     def pad(self, x: Float[Tensor, "query head d"]) -> Float[Tensor, "item head width d"]:
         """Query rows [row, head, d] as [item, head, width, d]."""
@@ -182,16 +196,25 @@ class Bucket:
             return own
         return out.index_copy(0, self.rows, own)
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Float[Tensor, "item 1 width key"] | None:
-        """What to add to the scores [item, 1, width, key] of absolute key positions: 0 or -inf. None for nothing."""
-        if window not in self._masks:
+    def mask(
+        self, window: int | None, dtype: torch.dtype, joined: bool = False
+    ) -> Float[Tensor, "item 1 width key"] | None:
+        """What to add to the scores [item, 1, width, key]: 0 or -inf; None for nothing.
+
+        Args:
+            joined: keys stand as `Pack.key_positions` says, and not each at its absolute position.
+        """
+        if (window, joined) not in self._masks:
             query = self._query[:, None, :, None]
-            key = torch.arange(self.pack.n_keys, device=query.device)
+            if joined:
+                key = self.pack.key_positions(self.items)[:, None, None]
+            else:
+                key = torch.arange(self.pack.n_keys, device=query.device)
             allowed = key <= query
             if window is not None:
                 allowed = allowed & (key > query - window)
-            self._masks[window] = _additive(allowed, query < 0, dtype)
-        return self._masks[window]
+            self._masks[window, joined] = _additive(allowed, query < 0, dtype)
+        return self._masks[window, joined]
 
 
 def _additive(

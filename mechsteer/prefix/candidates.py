@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsteer.activations import Activations
-from mechsteer.backends.decoder import Cache, Capture
+from mechsteer.backends.decoder import Alike, Cache, Capture
 from mechsteer.backends.packing import Pack, whole_pack
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
@@ -25,6 +25,8 @@ from mechsteer.vocabulary import embeddings, insert
 Ids = tuple[int, ...]
 # Tokens of a batch: about 2,000 are fastest on a CPU, where the allocator eats what more would gain.
 _TOKENS = {"cpu": 2048, "cuda": 32768}
+# How many times the tokens of a batch may become in making them equally many for every candidate.
+_EVEN = 1.1
 # Logits of a batch.
 _LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}
 
@@ -278,6 +280,10 @@ class CandidateLosses:
         past = self._past(base, items.tokens.shape[1]).caches[number]
         start = torch.minimum(first[chunk][:, None] + same, layout.begin[chunk][:, None])
         stop = layout.stop[chunk][:, None].expand_as(start)
+        # A few clean tokens computed again cost less than rows of unlike lengths.
+        earliest = start.amin(1, keepdim=True).expand_as(start)
+        if int((stop - earliest).sum()) <= _EVEN * int((stop - start).sum()):
+            start = earliest
         pack = Pack(
             lambda group, position, cell: Rows(layout.prompts, chunk[group], position, cell),
             start.contiguous(), stop, layout.read[chunk][:, None].expand(-1, n_cells, -1),
@@ -286,7 +292,9 @@ class CandidateLosses:
         edit = {("embed", -1): [lambda values, rows: put(values, rows.example, rows.position)]}
         tokens = items.tokens[pack.all.item, rows.position]
         x = self.decoder.embed(tokens, pack.all, {} if leaf is None else edit, Capture())
-        x = self.decoder.blocks(x, pack, first=0, stop=self.decoder.n_layers, past=past)
+        # Candidates differ in a token or two: what layer 0 makes of the others by themselves is the same.
+        alike = Alike.of(tokens, rows.position) if leaf is None else None
+        x = self.decoder.blocks(x, pack, first=0, stop=self.decoder.n_layers, alike=alike, past=past)
         # Rows stand in the order of (item, position), and the last layer was computed for those that are read.
         activations = Activations({}, prompts=items, model=self._id)
         return Run(items, self.decoder.logits(x), read, activations, example)

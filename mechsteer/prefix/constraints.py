@@ -127,6 +127,10 @@ class Constraints:
     def _character(self, text: str) -> str | None:
         if self.characters is None:
             return None
+        # A search asks of every candidate, and nearly all are fine.
+        clean = text.isprintable() and "\N{REPLACEMENT CHARACTER}" not in text
+        if clean and (self.characters == "printable" or (text.isascii() and self.characters == "ascii")):
+            return None
         odd = [char for char in text if not char.isprintable() or char == "\N{REPLACEMENT CHARACTER}"]
         if self.characters == "ascii":
             odd += [char for char in text if not char.isascii()]

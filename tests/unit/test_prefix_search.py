@@ -79,6 +79,50 @@ def test_losses_of_candidates_are_those_of_plain_runs(precise: Load, name: str) 
             assert np.abs(losses.of(NEAR, base=base) - expected).max() < 1e-9, (what, base)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma3", "qwen3", "mistral"])
+def test_each_way_of_computing_less_gives_the_same(precise: Load, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates share layer 0's keys and values, start together, and have clean keys in front of their own."""
+    from mechsteer.backends import packing
+    from mechsteer.backends.decoder import Alike, Decoder
+    from mechsteer.prefix import candidates
+
+    model = precise(name)
+    # One prompt with a long beginning, in which the prefix is near the end: all cells have the same clean keys.
+    prompts = ms.Prompts.from_ids([[1, *ids((14,))[0]]], tokenizer=model.tokenizer)
+    prompts = insert(prompts, where="suffix", slots=4).with_completions(ids((5,), seed=1))
+    near = [each for each in NEAR if len(each) == 4]
+    taken: dict[str, int] = {"joined": 0, "alike": 0, "dense": 0}
+    joined, alike, pack = Decoder._joined, Alike.of, packing.Pack.__init__
+
+    def counted(self: Any, *args: Any) -> Any:
+        taken["joined"] += 1
+        return joined(self, *args)
+
+    def kinds(tokens: Any, position: Any) -> Alike:
+        found = alike(tokens, position)
+        taken["alike"] += len(found.first) < len(tokens)
+        return found
+
+    monkeypatch.setattr(Decoder, "_joined", counted)
+    monkeypatch.setattr(Alike, "of", staticmethod(kinds))
+    fast = CandidateLosses(model, prompts, CE).of(near, base=BASE)
+    assert taken["joined"] and taken["alike"], taken
+
+    def absolute(self: Any, *args: Any) -> None:
+        pack(self, *args)
+        self.joined = self.sparse = False
+
+    monkeypatch.setattr(packing.Pack, "__init__", absolute)
+    monkeypatch.setattr(candidates, "_EVEN", 0)
+    rows = {"of": staticmethod(lambda tokens, position: None)}
+    monkeypatch.setattr(candidates, "Alike", type("Alike", (), rows))
+    taken["joined"] = 0
+    slow = CandidateLosses(model, prompts, CE).of(near, base=BASE)
+    assert taken["joined"] == 0
+    assert np.abs(fast - slow).max() < 1e-11
+    assert np.abs(fast - [naive(model, prompts, CE, each) for each in near]).max() < 1e-9
+
+
 def test_batches_do_not_change_losses(precise: Load) -> None:
     model = precise("llama")
     prompts = some(model)
