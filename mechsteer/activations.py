@@ -33,8 +33,8 @@ class ModelId(NamedTuple):
 class MissingSiteError(MechsteerError, KeyError):
     """A site was asked for that was not recorded. Also a `KeyError`, as mappings raise."""
 
-    # KeyError's own would put the message in quotes.
-    __str__ = Exception.__str__
+    def __str__(self) -> str:
+        return Exception.__str__(self)  # KeyError's own would put the message in quotes
 
 
 class SiteMap(Mapping[Site, Value]):

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsteer.activations import Activations
+from mechsteer.activations import Activations, ModelId
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.backends.decoder import Cache, Capture, Decoder, key_of
 from mechsteer.backends.packing import Pack, whole_pack
@@ -96,11 +96,11 @@ class Engine:
         masks = [mask for each in self.measures.values() if (mask := each.reads(self.prompts)) is not None]
         none = torch.zeros_like(self.prompts.mask)
         self.read: Bool[Tensor, "batch pos"] = torch.stack(masks).any(0) if masks else none
-        self.sites = list(dict.fromkeys(site for each in self.measures.values() for site in each.sites()))
+        self.sites: list[Site] = list(dict.fromkeys(site for each in self.measures.values() for site in each.sites()))
         for site in self.sites:
             self.model.check_site(site)
         self.decoder: Decoder | None = self.model.decoder
-        self.model_id = self.model.id
+        self.model_id: ModelId = self.model.id
         if any(site.kind not in PACKED_KINDS for site in self.sites):
             self.decoder = None
         n_pos = self.prompts.tokens.shape[1]

@@ -288,7 +288,7 @@ class Hook:
         cell: Int[Tensor, " item"] | None = None,
         n_new: int = 0,
     ) -> None:
-        self.fired = False
+        self.fired: bool = False
         self._point, self._scores = point, point.axes[-1] == "src"
         self._columns = columns
         self._given, self._n_new = prompts, n_new

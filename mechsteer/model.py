@@ -60,11 +60,11 @@ class Model:
                 f"Model got a {type(hooked).__name__}, but wraps a HookedTransformer or a TransformerBridge. "
                 "Pass one of those, or use load_model with a name or folder."
             )
-        self.hooked = hooked
+        self.hooked: Hooked = hooked
         self.tokenizer: Any = hooked.tokenizer if tokenizer is None else tokenizer
-        self.name = str(hooked.cfg.model_name) if name is None else name
+        self.name: str = str(hooked.cfg.model_name) if name is None else name
         self.backend = backend
-        self.processed = backends.is_processed(hooked)
+        self.processed: bool = backends.is_processed(hooked)
         # What was computed from the weights, and the fingerprint of the weights it was computed from.
         self._id: tuple[Any, ModelId] | None = None
         self._decoder: tuple[Any, Any] | None = None

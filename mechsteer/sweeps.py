@@ -286,8 +286,8 @@ class Store:
 
     def __init__(self, folder: Path | None, names: Sequence[str], shape: tuple[int, int], dtype: Any) -> None:
         self._folder = folder
-        self.values = {name: np.full(shape, np.nan, dtype=dtype) for name in names}
-        self.done = np.zeros(shape, dtype=bool)
+        self.values: dict[str, np.ndarray] = {name: np.full(shape, np.nan, dtype=dtype) for name in names}
+        self.done: np.ndarray = np.zeros(shape, dtype=bool)
         self._fresh: dict[str, Tensor] = {}
         self._n_fresh = self._n_shards = 0
         self._flushed = time.perf_counter()

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -88,6 +89,7 @@ def _no_hook_survives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     used: WeakSet[Model] = WeakSet()
 
     def watched(method: Any) -> Any:
+        @wraps(method)
         def call(model: Model, *args: Any, **options: Any) -> Any:
             used.add(model)
             return method(model, *args, **options)

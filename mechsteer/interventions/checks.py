@@ -1,7 +1,5 @@
 """What the interventions check of their arguments."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -9,9 +7,6 @@ from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.prompts import Prompts
 from mechsteer.site import Site, SiteLike
-
-if TYPE_CHECKING:
-    pass
 
 
 def site_of(site: SiteLike | None, direction: Direction | None, name: str) -> Site:

@@ -18,7 +18,7 @@ from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, load_causal_lm
 from mechsteer.backends.sae import SAE, auroc, read_sae, reconstruction
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError
-from mechsteer.model import load_model
+from mechsteer.model import Model, load_model
 from mechsteer.pocket.corpus import (
     IGNORED,
     batch_loss,
@@ -88,13 +88,15 @@ class PocketCheck:
     ):
         if count < 12:
             raise MechsteerError(f"check got count={count}: at least 12 prompts a row are needed, one for each topic")
-        self.folder, self.count, self.progress = folder, count, progress
+        self.folder: Path = folder
+        self.count: int = count
+        self.progress: Progress = progress
         # Before any measuring, so that a wrong folder costs no time.
-        self.autoencoder = None if sae_folder is None else read_sae(sae_folder)
+        self.autoencoder: SAE | None = None if sae_folder is None else read_sae(sae_folder)
         self.model: CausalLM
         self.tokenizer: FastTokenizer
         self.model, self.tokenizer = load_causal_lm(folder)
-        self.chat_model = load_model(folder, device="cpu")
+        self.chat_model: Model = load_model(folder, device="cpu")
         self._unlocked: list[Label] = []
 
     def rows(self) -> list[Row]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
+from mechsteer.prompts import Prompts
 from mechsteer.propagator.jacobian import Jacobian, positions_of, stage_of, trace
 from mechsteer.propagator.spectra import (
     SVD,
@@ -193,8 +194,10 @@ class Matrix(LinearOperator):
     """A map whose entries are known."""
 
     def __init__(self, entries: Float[Tensor, "batch d_target d_source"]) -> None:
-        self.entries = entries
-        self.batch, self.d_target, self.d_source = entries.shape
+        self.entries: Float[Tensor, "batch d_target d_source"] = entries
+        self.batch: int = entries.shape[0]
+        self.d_target: int = entries.shape[1]
+        self.d_source: int = entries.shape[2]
 
     def dense(self) -> Float[Tensor, "batch d_target d_source"]:
         """The entries."""
@@ -272,7 +275,8 @@ class Propagator(LinearOperator):
         given = model.prompts(prompts).padded("right")
         model.check_slots(given, ())
         begin, start = _place(model, source, source_pos, "source")
-        self.model, self.prompts = model, given
+        self.model: Model = model
+        self.prompts: Prompts = given
         at = positions_of(given, start)
         stop, end, last = at, None, None
         if isinstance(target, Objective):
@@ -310,10 +314,14 @@ class Propagator(LinearOperator):
             raise MechsteerError(
                 f"{target!r} does not depend on {begin!r}: it reads only what comes before. Choose an earlier source."
             )
-        self.source, self.target = begin, target if last is None else last
-        self.source_pos, self.target_pos, self.hooks = at, stop, hooks
-        self.batch, self.d_source = len(given), model.d_model
-        self.d_target = self.jacobian.y.shape[-1]
+        self.source: Site = begin
+        self.target: SiteLike | Objective = target if last is None else last
+        self.source_pos: Int[Tensor, " batch"] = at
+        self.target_pos: Int[Tensor, " batch"] = stop
+        self.hooks: bool = hooks
+        self.batch: int = len(given)
+        self.d_source: int = model.d_model
+        self.d_target: int = self.jacobian.y.shape[-1]
 
     def identity_share(
         self,

@@ -82,10 +82,10 @@ class Recording:
     """
 
     def __init__(self, folder: Path, manifest: "Manifest") -> None:
-        self.folder = folder
-        self.model = manifest.model
-        self.complete = manifest.complete
-        self.options = manifest.options
+        self.folder: Path = folder
+        self.model: ModelId = manifest.model
+        self.complete: bool = manifest.complete
+        self.options: Options = manifest.options
         self._manifest = manifest
 
     @staticmethod

@@ -27,7 +27,7 @@ def test_importing_the_package_and_the_command_line_needs_no_torch() -> None:
 def test_public_names() -> None:
     assert set(mechsteer.__all__) <= set(dir(mechsteer))
     assert all(getattr(mechsteer, name) is not None for name in mechsteer.__all__)
-    with pytest.raises(AttributeError, match="module 'mechsteer' has no attribute 'lode_model'"):
+    with pytest.raises(AttributeError, match="No mechsteer attribute lode_model"):
         _ = mechsteer.lode_model  # type: ignore[attr-defined]
 
 
