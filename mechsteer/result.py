@@ -1,6 +1,5 @@
 """Results: named arrays, and how they came about."""
 
-import html
 import json
 import os
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
+from markupsafe import Markup
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.files import open_tensors, save_tensors, stamp
 
@@ -182,8 +183,35 @@ class Result:
         return f"Result({'; '.join([', '.join(shapes) or 'empty', *self._made()])})"
 
     def _repr_html_(self) -> str:
-        made = html.escape(", ".join(self._made()))
-        return f"<div><b>Result</b> {made}</div>{self.data._repr_html_()}"
+        return markup.card("Result", *self._tables(), about=", ".join(self._made()))
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """A figure where it can be drawn, as plotly's renderer of this notebook shows figures; and the tables."""
+        html = Markup(self._repr_html_())
+        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": str(html)}
+        try:
+            figure = self.plot()
+        except MechsteerError:  # several arrays, too many dimensions, text
+            return bundle
+        from mechsteer.plots import captioned
+
+        others = [str(name) for name in self.data.data_vars]
+        said = [*self._made(), *([f"holds {', '.join(others)}"] if len(others) > 1 else [])]
+        drawn = captioned(figure, ", ".join(said))._repr_mimebundle_()
+        if "text/html" in drawn:  # a renderer for pages, which brings its own plotly.js once
+            drawn["text/html"] += markup.details("numbers and provenance", html)
+        return bundle | drawn
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What Tab offers inside the brackets."""
+        return list(map(str, self.data.variables))
+
+    def _tables(self) -> list[Markup]:
+        """The arrays as xarray shows them, and how they were made."""
+        known = {name: value for name, value in self.provenance.items() if value not in (None, {}, [])}
+        rows = {name: markup.brief(value) if not isinstance(value, str) else value for name, value in known.items()}
+        made = [markup.details("how it was made", markup.facts(rows))] if rows else []
+        return [Markup(self.data._repr_html_()), *made]
 
     def _made(self) -> list[str]:
         model = self.provenance.get("model")
