@@ -94,8 +94,12 @@ class Intervention(ABC):
         return markup.told(type(self).__name__, {"site": self.site} | self._told() | at)
 
     def _repr_html_(self) -> str:
-        rows = {"site": markup.code(self.site), "tokens": "all" if self.at is None else markup.brief(self.at)}
-        rows |= {name: markup.code(markup.brief(value)) for name, value in self._told().items()}
+        rows: dict[str, Any] = {"site": markup.code(self.site), "tokens": "all" if self.at is None else markup.brief(self.at)}
+        for name, value in self._told().items():
+            if isinstance(value, Direction):
+                rows |= value.told()
+            else:
+                rows[name] = markup.code(markup.brief(value))
         return markup.card(type(self).__name__, markup.facts(rows), about=markup.says(self))
 
 

@@ -51,7 +51,8 @@ def told(name: str, parts: Mapping[str, Any]) -> str:
 
 def says(value: object) -> str:
     """What the first sentence of its class's docstring says that it is."""
-    return (inspect.getdoc(type(value)) or "").split("\n\n")[0].split(". ")[0].replace("\n", " ").rstrip(".")
+    first = (inspect.getdoc(type(value)) or "").split("\n\n")[0].split(". ")[0]
+    return first.replace("\n", " ").replace("`", "").rstrip(".")
 
 
 def size(n_bytes: int) -> str:
@@ -93,7 +94,7 @@ def facts(rows: Mapping[str, object]) -> Markup:
     """Names and what they are, one a line."""
     body = Markup().join(
         Markup('<tr style="background:none"><td style="{}">{}</td><td style="{}">{}</td></tr>').format(
-            _CELL, faded(name), _CELL, shown(value)
+            f"{_CELL};white-space:nowrap", faded(name), _CELL, shown(value)
         )
         for name, value in rows.items()
     )

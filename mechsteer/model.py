@@ -27,6 +27,8 @@ PromptsLike = Prompts | str | Sequence[str] | Tensor
 
 # Models that ship with mechsteer, by the name that `load_model` takes.
 SHIPPED_MODELS = ("pocket", "pocket-1l")
+# Weights that are hashed in a moment; of more a notebook shows the hash only if it is known.
+_SMALL = 10_000_000
 
 
 class Model:
@@ -381,8 +383,7 @@ class Model:
             "shape": f"{self.n_layers} layers, d_model {self.d_model}, d_mlp {cfg.d_mlp}, {heads}",
             "tokens": f"{self.d_vocab} ids, context of {self.n_ctx}",
             "weights": f"{n:,} {str(self.dtype).removeprefix('torch.')} on {self.device}; {weights}",
-            # Reading all weights for it would take too long for something that is only looked at.
-            "hash": markup.code(self._id[1].hash[:12]) if self._id else markup.faded("not computed yet: model.id"),
+            "hash": markup.code(self.id.hash[:12]) if self._id or n <= _SMALL else markup.faded("see model.id"),
             "runs in": f"{type(self.hooked).__name__} ({cfg.original_architecture or 'unknown architecture'})",
             "sites": markup.details(f"{len(self.sites.kinds)} kinds", markup.code(", ".join(self.sites.kinds))),
         }

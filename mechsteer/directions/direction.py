@@ -1,6 +1,7 @@
 """Directions: vectors that belong to a place in a model."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -247,23 +248,28 @@ class Direction:
         return f"Direction({self.site!r}, d={self.vectors.shape[1]}, {what}{model}{method})"
 
     def _repr_html_(self) -> str:
+        return markup.card("Direction", markup.facts({"site": markup.code(self.site)} | self.told()))
+
+    def told(self) -> dict[str, object]:
+        """What a notebook says of it besides its site: names, and what each is."""
         k, d = self.vectors.shape
-        norms = torch.linalg.vector_norm(self.vectors.detach().float(), dim=1).tolist()
-        shown = ", ".join(f"{norm:.4g}" for norm in norms[:8]) + (", ..." if k > 8 else "")
+        norms = torch.linalg.vector_norm(self.vectors.detach()[:8].float(), dim=1).tolist()
         made_with = "no particular one"
         if self.model is not None:
             made_with = f"{self.model.name} ({self.model.hash[:8]}{', processed' if self.model.processed else ''})"
-        rows = {
-            "site": markup.code(self.site),
+        rows: dict[str, object] = {
             "width": f"{d}" if k == 1 else f"{k} vectors of {d}",
-            "norm": shown,
+            "norm": ", ".join(f"{norm:.4g}" for norm in norms) + (", ..." if k > 8 else ""),
             "model": made_with,
             "origin": markup.lines(_steps(self.origin)) if self.origin else markup.faded("not said"),
         }
         if near := self._near:
-            chips = (markup.chip(text, f"rgba(40,120,230,{max(cos, 0):.2f})", title=f"{cos:.3f}") for text, cos in near)
+            chips = (
+                markup.chip(text, f"rgba(40,120,230,{min(1.5 * max(cos, 0), 0.8):.2f})", title=f"cosine {cos:.3f}")
+                for text, cos in near
+            )
             rows["nearest tokens"] = markup.code(Markup(" ").join(chips))
-        return markup.card("Direction", markup.facts(rows))
+        return rows
 
     @cached_property
     def _near(self) -> list[tuple[str, float]]:
@@ -281,12 +287,21 @@ def _steps(origin: Mapping[str, Any]) -> list[str]:
     """How a direction came about, the last step first."""
     steps = []
     while origin:
-        told = ", ".join(f"{name} {markup.brief(value)}" for name, value in origin.items() if name not in ("method", "of"))
+        told = "; ".join(_words(name, value) for name, value in origin.items() if name not in ("method", "of"))
         of = origin.get("of")
         many = f" of {len(of)} directions" if isinstance(of, list) else ""
         steps.append(f"{origin.get('method', 'made')}{many}" + (f": {told}" if told else ""))
         origin = of if isinstance(of, Mapping) else {}
     return steps
+
+
+def _words(name: str, value: Any) -> str:
+    """One entry of an origin."""
+    if isinstance(value, Mapping):
+        return f"{name} ({', '.join(_words(*each) for each in value.items())})"
+    if isinstance(value, str):
+        return f"{name} {value[:8] if re.fullmatch('[0-9a-f]{32,}', value) else markup.shortened(value)}"
+    return f"{name} {markup.brief(value)}"
 
 
 def cosine_table(directions: Mapping[Any, Direction] | Sequence[Direction]) -> Result:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from markupsafe import Markup
 from torch import Tensor
 
 from mechsteer import markup
@@ -95,11 +94,11 @@ class Add(Intervention):
         check_batch(self.alpha, prompts, "alpha")
 
     def _repr_html_(self) -> str:
-        rows = {"site": markup.code(self.site), "tokens": "all" if self.at is None else markup.brief(self.at)}
-        rows |= {"alpha": markup.brief(self.alpha), "direction": Markup(self.direction._repr_html_())}
+        rows: dict[str, Any] = {"site": markup.code(self.site), "tokens": "all" if self.at is None else markup.brief(self.at)}
+        rows["alpha"] = markup.brief(self.alpha)
         if not isinstance(self.alpha, Tensor):
-            rows["length of the push"] = f"{abs(self.alpha) * self.direction.norm:.4g}"
-        return markup.card("Add", markup.facts(rows), about=markup.says(self))
+            rows["alpha"] += f" (adds a vector of length {abs(self.alpha) * self.direction.norm:.4g})"
+        return markup.card("Add", markup.facts(rows | self.direction.told()), about=markup.says(self))
 
     def to_weights(self, model: "Model") -> "Model":
         """A copy of the model with the vector added for good: the MLP output bias of the block gains `alpha * v`.

@@ -199,6 +199,9 @@ class _Transposed(LinearOperator):
         """The map that this is the transpose of."""
         return self.of
 
+    def _rows(self) -> dict[str, object]:
+        return {"of": markup.code(repr(self.of)), **super()._rows()}
+
 
 @final
 class Matrix(LinearOperator):
@@ -236,6 +239,9 @@ class _Mean(LinearOperator):
 
     def _like(self) -> Tensor:
         return self.of._like()
+
+    def _rows(self) -> dict[str, object]:
+        return {"of": markup.code(repr(self.of)), **super()._rows()}
 
 
 @final

@@ -38,7 +38,7 @@ class SVD(NamedTuple):
             (row, *values, error)
             for row, (values, error) in enumerate(zip(self.S[:10, :8].tolist(), self.error[:10].tolist(), strict=True))
         ]
-        header = ("prompt", *[f"s{i + 1}" for i in range(min(k, 8))], "error of the range")
+        header = ("prompt", *[f"s{i + 1}" for i in range(min(k, 8))], "bound of the error")
         about = f"k={k} of {batch} maps, U {list(self.U.shape)}, Vh {list(self.Vh.shape)}"
         return markup.card("SVD", markup.table(header, rows), about=about)
 
