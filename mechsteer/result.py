@@ -186,21 +186,40 @@ class Result:
         return markup.card("Result", *self._tables(), about=", ".join(self._made()))
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """A figure where it can be drawn, as plotly's renderer of this notebook shows figures; and the tables."""
-        html = Markup(self._repr_html_())
-        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": str(html)}
-        try:
-            figure = self.plot()
-        except MechsteerError:  # several arrays, too many dimensions, text
-            return bundle
+        """A figure where it can be drawn, for notebooks that draw plotly's; the tables for all others."""
+        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self._repr_html_()}
+        figure = self._figure()
+        return bundle if figure is None else bundle | figure._repr_mimebundle_()
+
+    def _ipython_display_(self) -> None:
+        """The figure and then the tables, where plotly was told to draw with a script of its own in the page.
+
+        `pio.renderers.default = "plotly_mimetype+notebook"` is such a case, which nbconvert needs. Only `show` has
+        plotly write that script, of 5 MB, once and not for every figure.
+        """
+        import plotly.io as pio
+        from plotly.io.base_renderers import HtmlRenderer
+
+        names = (pio.renderers.default or "").split("+")
+        scripted = any(isinstance(pio.renderers[name], HtmlRenderer) for name in names if name)
+        figure = self._figure() if scripted else None
+        if figure is None:
+            raise NotImplementedError  # IPython then takes what `_repr_mimebundle_` gives
+        from IPython.display import HTML, display
+
+        pio.show(figure)
+        display(HTML(str(markup.details("the numbers", Markup(self._repr_html_())))))
+
+    def _figure(self) -> "go.Figure | None":
+        """What a notebook shows; None where one array cannot be chosen, or has too many dimensions or no numbers."""
         from mechsteer.plots import captioned
 
+        try:
+            figure = self.plot()
+        except MechsteerError:
+            return None
         others = [str(name) for name in self.data.data_vars]
-        said = [*self._made(), *([f"holds {', '.join(others)}"] if len(others) > 1 else [])]
-        drawn = captioned(figure, ", ".join(said))._repr_mimebundle_()
-        if "text/html" in drawn:  # a renderer for pages, which brings its own plotly.js once
-            drawn["text/html"] += markup.details("numbers and provenance", html)
-        return bundle | drawn
+        return captioned(figure, ", ".join([*self._made(), *([f"holds {', '.join(others)}"] if len(others) > 1 else [])]))
 
     def _ipython_key_completions_(self) -> list[str]:
         """What Tab offers inside the brackets."""

@@ -79,6 +79,8 @@ class Study:
         with suppress(MechsteerError):  # no summary yet, or one that cannot be read
             rows = [(chapter, label, markup.strong(value), note) for chapter, label, value, note in self._headline()]
             parts += [markup.table(("chapter", "", "", ""), rows)] if rows else []
+        if not parts:
+            parts += [markup.facts({name: f"{done.seconds:.1f} s" for name, done in self.chapters.items()})]
         parts += [markup.lines(f"{name}: {why}" for name, why in self.failures.items())]
         parts += [markup.link(self.report, "report.html") if self.report.exists() else markup.faded("no report yet")]
         requests = f"{len(self.settings.requests)} requests, {len(self.chapters)} chapters"
