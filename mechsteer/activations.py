@@ -1,9 +1,10 @@
 """The typed activation cache."""
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -32,17 +33,17 @@ class ModelId(NamedTuple):
 
 
 # The models of this process whose weights were hashed, for what can be said of an artefact without loading anything.
-_at_hand: WeakValueDictionary[str, Any] = WeakValueDictionary()
+_at_hand: defaultdict[str, WeakSet[Any]] = defaultdict(WeakSet)
 
 
 def remember(made_with: ModelId, model: Any) -> None:
     """Note that a `Model` with these weights is in memory; it is not kept there."""
-    _at_hand[made_with.hash] = model
+    _at_hand[made_with.hash].add(model)
 
 
 def at_hand(made_with: ModelId | None) -> Any:
-    """The `Model` with these weights, if it is in memory; else None."""
-    return None if made_with is None else _at_hand.get(made_with.hash)
+    """A `Model` with these weights, if there is one in memory; else None."""
+    return None if made_with is None else next(iter(_at_hand.get(made_with.hash, ())), None)
 
 
 class MissingSiteError(MechsteerError, KeyError):
