@@ -315,7 +315,8 @@ class Activations(SiteMap[Tensor]):
 
     def _repr_html_(self) -> str:
         rows = [
-            (markup.code(site), axes, kind, markup.size(self._values[site].nbytes)) for site, axes, kind in self._table()
+            (markup.code(site), axes, kind, markup.size(self._values[site].nbytes))
+            for site, axes, kind in self._table()
         ]
         total = sum(value.nbytes for value in self._values.values())
         title, about = self._headline().split(" ", 1)

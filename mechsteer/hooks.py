@@ -94,7 +94,10 @@ class Intervention(ABC):
         return markup.told(type(self).__name__, {"site": self.site} | self._told() | at)
 
     def _repr_html_(self) -> str:
-        rows: dict[str, Any] = {"site": markup.code(self.site), "tokens": "all" if self.at is None else markup.brief(self.at)}
+        rows: dict[str, Any] = {
+            "site": markup.code(self.site),
+            "tokens": "all" if self.at is None else markup.brief(self.at),
+        }
         for name, value in self._told().items():
             if isinstance(value, Direction):
                 rows |= value.told()

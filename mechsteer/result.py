@@ -219,7 +219,9 @@ class Result:
         except MechsteerError:
             return None
         others = [str(name) for name in self.data.data_vars]
-        return captioned(figure, ", ".join([*self._made(), *([f"holds {', '.join(others)}"] if len(others) > 1 else [])]))
+        return captioned(
+            figure, ", ".join([*self._made(), *([f"holds {', '.join(others)}"] if len(others) > 1 else [])])
+        )
 
     def _ipython_key_completions_(self) -> list[str]:
         """What Tab offers inside the brackets."""

@@ -89,7 +89,8 @@ class Run:
         for row, ids, chances in zip(which, top.indices, top.values.tolist(), strict=True):
             texts = zip(self.prompts.shown(ids), chances, strict=True)
             chips = [
-                markup.chip(text, f"rgba(40,120,230,{0.1 + 0.5 * p:.2f})") + markup.faded(f" {p:.1%}") for text, p in texts
+                markup.chip(text, f"rgba(40,120,230,{0.1 + 0.5 * p:.2f})") + markup.faded(f" {p:.1%}")
+                for text, p in texts
             ]
             label = self.prompts.labels[row] if self.prompts.labels else str(row)
             rows.append([label, *map(markup.code, chips)])

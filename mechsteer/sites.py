@@ -12,9 +12,9 @@ from mechsteer.site import KINDS, Site, SiteLike
 class Sites:
     """The sites of a model, `model.sites`. Tab completes the kinds that it has.
 
-        model.sites.resid_post[3]                        # Site('resid_post', 3)
-        model.sites.resid_post                           # of all layers, as record= takes them
-        model.sites(["resid_post", ("z", 4)])            # what names and short forms stand for in this model
+    model.sites.resid_post[3]                        # Site('resid_post', 3)
+    model.sites.resid_post                           # of all layers, as record= takes them
+    model.sites(["resid_post", ("z", 4)])            # what names and short forms stand for in this model
     """
 
     def __init__(self, hooked: Hooked, name: str) -> None:
@@ -35,9 +35,7 @@ class Sites:
         """The kinds of site that the model has, in the order of a forward pass."""
         points = self._hooked.hook_dict
         return tuple(
-            kind
-            for kind, entry in KINDS.items()
-            if entry.hook.format(layer=0) in points and kind not in self._unused
+            kind for kind, entry in KINDS.items() if entry.hook.format(layer=0) in points and kind not in self._unused
         )
 
     @property

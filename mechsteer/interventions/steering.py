@@ -94,7 +94,10 @@ class Add(Intervention):
         check_batch(self.alpha, prompts, "alpha")
 
     def _repr_html_(self) -> str:
-        rows: dict[str, Any] = {"site": markup.code(self.site), "tokens": "all" if self.at is None else markup.brief(self.at)}
+        rows: dict[str, Any] = {
+            "site": markup.code(self.site),
+            "tokens": "all" if self.at is None else markup.brief(self.at),
+        }
         rows["alpha"] = markup.brief(self.alpha)
         if not isinstance(self.alpha, Tensor):
             rows["alpha"] += f" (adds a vector of length {abs(self.alpha) * self.direction.norm:.4g})"

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from mechsteer import markup
-from mechsteer import backends
+from mechsteer import backends, markup
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model

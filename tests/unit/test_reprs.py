@@ -28,7 +28,7 @@ from mechsteer.site import KINDS, KindName
 from mechsteer.strength import ChosenAlpha, Concept
 from mechsteer.study import Settings, Study, as_requests
 
-HOSTILE = '<script>alert(1)</script>"><img src=x onerror=y>\'<b>$x$</b>&amp;\u202e\u2066\ud800\n'
+HOSTILE = "<script>alert(1)</script>\"><img src=x onerror=y>'<b>$x$</b>&amp;\u202e\u2066\ud800\n"
 SITE = ms.Site("resid_post", 0)
 
 
@@ -60,7 +60,9 @@ def chosen() -> ChosenAlpha:
 
 
 def study() -> Study:
-    settings = Settings.of(model="pocket-1l", prefix="Talk only about cats.", requests=as_requests(["Hi", "Hello"], seed=0))
+    settings = Settings.of(
+        model="pocket-1l", prefix="Talk only about cats.", requests=as_requests(["Hi", "Hello"], seed=0)
+    )
     return Study(Path("nowhere"), settings, model().id, {}, {"behaviour": "it failed"})
 
 
@@ -163,7 +165,17 @@ def public_classes() -> set[str]:
     for room in ("", ".judges", ".interventions", ".objectives", ".propagator", ".recording", ".strength", ".study"):
         home = importlib.import_module(f"mechsteer{room}")
         found |= {name: getattr(home, name) for name in home.__all__}
-    plain_values = {"ModelId", "TokenRows", "TopK", "TokenSet", "Settings", "Request", "Findings", "Chapter", "SparseAutoencoder"}
+    plain_values = {
+        "ModelId",
+        "TokenRows",
+        "TopK",
+        "TokenSet",
+        "Settings",
+        "Request",
+        "Findings",
+        "Chapter",
+        "SparseAutoencoder",
+    }
     return {
         name
         for name, each in found.items()
@@ -206,7 +218,9 @@ def test_recordings_and_rows_have_both(tmp_path: Path) -> None:
 def test_all_text_is_escaped() -> None:
     named = ms.Model(model().hooked, tokenizer=model().tokenizer, name=HOSTILE)
     identity = ModelId(HOSTILE, "0" * 64, False)
-    ids = ms.Prompts.from_strings([HOSTILE.encode("utf-8", "replace").decode() + "x", "Hi"], model(), labels=[HOSTILE, "2"])
+    ids = ms.Prompts.from_strings(
+        [HOSTILE.encode("utf-8", "replace").decode() + "x", "Hi"], model(), labels=[HOSTILE, "2"]
+    )
     acts = named.run(ids, record="resid_post")
     nouns = [
         named, named.sites, ids, acts, acts.activations, direction(HOSTILE), ms.Add(direction(HOSTILE)),
@@ -222,7 +236,9 @@ def test_all_text_is_escaped() -> None:
 
 
 def test_figures_show_names_as_they_are() -> None:
-    result = ms.Result(xr.Dataset({"gap": ("layer", [1.0, 2.0])}), provenance=provenance(model=ModelId(HOSTILE, "", False)))
+    result = ms.Result(
+        xr.Dataset({"gap": ("layer", [1.0, 2.0])}), provenance=provenance(model=ModelId(HOSTILE, "", False))
+    )
     bundle = result._repr_mimebundle_()
     assert "<script>alert" not in bundle["text/html"]
     assert result._figure().layout.title.subtitle.text.startswith(plain(HOSTILE))  # type: ignore[union-attr]
@@ -399,13 +415,13 @@ def test_sites_of_a_model_are_attributes() -> None:
     assert sites.resid_post[3] == ms.Site("resid_post", 3) and sites.embed == ms.Site("embed")
     assert list(sites.z) == sites("z") and {site.kind for site in sites} == set(sites.kinds)
     assert set(sites.kinds) <= set(dir(sites)) and "pos_embed" not in dir(sites)
-    with pytest.raises(AttributeError, match="pocket has no pos_embed. It has embed, resid_pre, "):
+    with pytest.raises(AttributeError, match=r"pocket has no pos_embed\. It has embed, resid_pre, "):
         sites.pos_embed  # noqa: B018
-    with pytest.raises(AttributeError, match="'resid_pots' is no kind of site. pocket has embed"):
+    with pytest.raises(AttributeError, match=r"'resid_pots' is no kind of site\. pocket has embed"):
         sites.resid_pots  # noqa: B018
 
 
 def test_editors_know_the_kinds() -> None:
     assert get_args(KindName) == tuple(KINDS)
-    with pytest.raises(ms.MechsteerError, match="'resid_p' does not exist. Nearest: .*resid_pre"):
+    with pytest.raises(ms.MechsteerError, match=r"'resid_p' does not exist\. Nearest: .*resid_pre"):
         ms.Site("resid_p", 3)
