@@ -1,18 +1,20 @@
 """The typed activation cache."""
 
-import html
 import os
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.files import open_tensors, save_tensors, stamp
 from mechsteer.prompts import Prompts, Side
-from mechsteer.site import Site, SiteLike
+from mechsteer.site import KindName, Site, SiteLike
 
 FORMAT, FORMAT_VERSION = "activations", 1
 _PROMPT_TENSORS = ("tokens", "mask", "roles", "slots")
@@ -28,6 +30,20 @@ class ModelId(NamedTuple):
     name: str
     hash: str
     processed: bool
+
+
+# The models of this process whose weights were hashed, for what can be said of an artefact without loading anything.
+_at_hand: defaultdict[str, WeakSet[Any]] = defaultdict(WeakSet)
+
+
+def remember(made_with: ModelId, model: Any) -> None:
+    """Note that a `Model` with these weights is in memory; it is not kept there."""
+    _at_hand[made_with.hash].add(model)
+
+
+def at_hand(made_with: ModelId | None) -> Any:
+    """A `Model` with these weights, if there is one in memory; else None."""
+    return None if made_with is None else next(iter(_at_hand.get(made_with.hash, ())), None)
 
 
 class MissingSiteError(MechsteerError, KeyError):
@@ -67,6 +83,15 @@ class SiteMap(Mapping[Site, Value]):
 
     def __repr__(self) -> str:
         return f"SiteMap({', '.join(map(str, self))})"
+
+    def _repr_html_(self) -> str:
+        rows = [(markup.code(site), markup.brief(value)) for site, value in self.items()]
+        return markup.card("SiteMap", markup.table(("site", "value"), rows), about=f"{len(self)} sites")
+
+    def _ipython_key_completions_(self) -> list[Any]:
+        """What Tab offers inside the brackets: hook names and short forms."""
+        short = [site.kind if site.layer is None else (site.kind, site.layer) for site in self]
+        return [*map(str, self), *short]
 
 
 class Activations(SiteMap[Tensor]):
@@ -127,7 +152,7 @@ class Activations(SiteMap[Tensor]):
     def select(
         self,
         *,
-        kind: str | Collection[str] | None = None,
+        kind: KindName | str | Collection[str] | None = None,
         layer: int | Collection[int] | None = None,
         sites: Iterable[SiteLike] | None = None,
     ) -> "Activations":
@@ -191,7 +216,7 @@ class Activations(SiteMap[Tensor]):
             raise MechsteerError("mean(where) got a `where` that marks no token. Mark at least one, or leave it out.")
         return SiteMap({site: rows.mean(0, dtype=torch.float64).float() for site, rows in self.at(marked).items()})
 
-    def stack(self, kind: str) -> Float[Tensor, "layer batch ..."]:
+    def stack(self, kind: KindName | str) -> Float[Tensor, "layer batch ..."]:
         """One kind of site at all its recorded layers, in ascending order, as one tensor.
 
         Raises:
@@ -289,11 +314,14 @@ class Activations(SiteMap[Tensor]):
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in (str(site), axes, kind))}</tr>"
+        rows = [
+            (markup.code(site), axes, kind, markup.size(self._values[site].nbytes))
             for site, axes, kind in self._table()
-        )
-        return f"<table><caption>{html.escape(self._headline())}</caption>{rows}</table>"
+        ]
+        total = sum(value.nbytes for value in self._values.values())
+        title, about = self._headline().split(" ", 1)
+        shown = markup.table(("site", "axes", "values", "size"), rows)
+        return markup.card(title, shown, markup.faded(f"{markup.size(total)} in all"), about=about)
 
     def _headline(self) -> str:
         lengths = self.prompts.lengths.tolist() or [0]

@@ -6,13 +6,14 @@ many cells. Hooks, generation and the sweep engine all call that one function.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.activations import Activations
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
@@ -27,7 +28,7 @@ Edit = Callable[[Tensor, Rows], Tensor]
 Hooks = Sequence[tuple[str, Callable[..., Any]]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Intervention(ABC):
     """A change of the activations at a site. Use `Add`, `Replace`, `Ablate`, `Scale` or `SoftPrefix`.
 
@@ -82,6 +83,27 @@ class Intervention(ABC):
     ) -> list[tuple[str, Callable[..., Any]]]:
         """Plain TransformerLens hooks; see `fwd_hooks`, which takes several interventions."""
         return fwd_hooks([self], model, prompts, n_new=n_new)
+
+    def _told(self) -> dict[str, Any]:
+        """What a repr says of it besides where it acts."""
+        names = (each.name for each in fields(self) if each.repr and each.name not in ("site", "at"))
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        at = {} if self.at is None else {"at": self.at}
+        return markup.told(type(self).__name__, {"site": self.site} | self._told() | at)
+
+    def _repr_html_(self) -> str:
+        rows: dict[str, Any] = {
+            "site": markup.code(self.site),
+            "tokens": "all" if self.at is None else markup.brief(self.at),
+        }
+        for name, value in self._told().items():
+            if isinstance(value, Direction):
+                rows |= value.told()
+            else:
+                rows[name] = markup.code(markup.brief(value))
+        return markup.card(type(self).__name__, markup.facts(rows), about=markup.says(self))
 
 
 class Column:

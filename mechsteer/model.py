@@ -4,14 +4,14 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsteer import backends, generation
-from mechsteer.activations import Activations, ModelId, check_where
+from mechsteer import backends, generation, markup
+from mechsteer.activations import Activations, ModelId, check_where, remember
 from mechsteer.backends import Hooked
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError, ModelLoadError
@@ -19,13 +19,16 @@ from mechsteer.hooks import Intervention, fwd_hooks, never_fired, with_recorders
 from mechsteer.interventions import SoftPrefix
 from mechsteer.prompts import Prompts
 from mechsteer.run import Run
-from mechsteer.site import KINDS, Site, SiteLike
+from mechsteer.site import Site, SiteLike
+from mechsteer.sites import Sites
 
 PromptsLike = Prompts | str | Sequence[str] | Tensor
 """Prompts, text or texts for the model's tokenizer, or token ids [batch, pos] without padding."""
 
 # Models that ship with mechsteer, by the name that `load_model` takes.
 SHIPPED_MODELS = ("pocket", "pocket-1l")
+# Weights that are hashed in a moment; of more a notebook shows the hash only if it is known.
+_SMALL = 10_000_000
 
 
 class Model:
@@ -41,6 +44,7 @@ class Model:
         backend: "hooked_transformer" or "bridge".
         processed: whether weights were folded or centred after loading. `load_model` never does that, so that
             activations match Hugging Face's and published SAEs.
+        sites: the sites that it has, such as `model.sites.resid_post[3]`; see `Sites`.
     """
 
     def __init__(self, hooked: Hooked, *, tokenizer: Any = None, name: str | None = None) -> None:
@@ -65,6 +69,7 @@ class Model:
         self.name: str = str(hooked.cfg.model_name) if name is None else name
         self.backend = backend
         self.processed: bool = backends.is_processed(hooked)
+        self.sites: Sites = Sites(hooked, self.name)
         # What was computed from the weights, and the fingerprint of the weights it was computed from.
         self._id: tuple[Any, ModelId] | None = None
         self._decoder: tuple[Any, Any] | None = None
@@ -111,6 +116,7 @@ class Model:
         weights = backends.places(self.hooked)
         if self._id is None or self._id[0] != weights:
             self._id = weights, ModelId(self.name, backends.weights_hash(self.hooked), self.processed)
+            remember(self._id[1], self)
         return self._id[1]
 
     @property
@@ -289,54 +295,15 @@ class Model:
             )
         return out.to(self.device)
 
-    def sites(self, sites: Iterable[SiteLike] | SiteLike) -> list[Site]:
-        """Whole hook points, each once; a kind without a layer stands for all layers.
-
-        Raises:
-            MechsteerError: one does not exist in this model.
-        """
-        single = isinstance(sites, str | Site) or (
-            isinstance(sites, tuple) and len(sites) == 2 and isinstance(sites[1], SupportsIndex)
-        )
-        found: dict[Site, None] = {}
-        for item in [sites] if single else sites:  # type: ignore[union-attr]
-            if isinstance(item, str) and item in KINDS and "{layer}" in KINDS[item].hook:
-                found |= dict.fromkeys(Site(item, layer) for layer in range(self.n_layers))
-            else:
-                found[Site.of(item)] = None  # type: ignore[arg-type]
-        for site in found:
-            self.check_site(site)
-        return list(dict.fromkeys(site.point for site in found))
-
     # ---- what fits this model ----
 
     def check_site(self, site: Site) -> None:
         """Raise `MechsteerError` unless the model has the site."""
-        if site.layer is not None and site.layer >= self.n_layers:
-            raise MechsteerError(
-                f"{site!r} does not exist: {self.name} has layers 0 to {self.n_layers - 1}. Choose one of these."
-            )
-        n_heads = self.size(site, "head")
-        if site.head is not None and n_heads is not None and site.head >= n_heads:
-            raise MechsteerError(
-                f"{site!r} does not exist: {site.kind} of {self.name} has heads 0 to {n_heads - 1}. "
-                "Choose one of these."
-            )
-        points = self.hooked.hook_dict
-        # A bridge has `hook_pos_embed` also where it never runs it.
-        unused = {"pos_embed"} if self.cfg.positional_embedding_type == "rotary" else set()
-        if site.kind in unused or site.hook_name not in points:
-            has = [kind for kind, entry in KINDS.items() if entry.hook.format(layer=0) in points and kind not in unused]
-            raise MechsteerError(
-                f"{site!r} does not exist: {self.name} has no hook point {site.hook_name}. It has {', '.join(has)}."
-            )
+        self.sites.check(site)
 
     def size(self, site: Site, axis: str) -> int | None:
         """Size of an axis of the site's activations; None where it depends on the prompts."""
-        grouped = site.kind in ("k", "v", "rot_k") and not self.cfg.ungroup_grouped_query_attention
-        n_heads = (self.cfg.n_key_value_heads if grouped else None) or self.cfg.n_heads
-        sizes = {"d_model": self.d_model, "d_head": self.cfg.d_head, "d_mlp": self.cfg.d_mlp, "one": 1, "head": n_heads}
-        return sizes.get(axis)
+        return self.sites.size(site, axis)
 
     def width(self, site: Site) -> int | None:
         """Size of the site's last axis; None where it depends on the prompts."""
@@ -405,6 +372,22 @@ class Model:
             f"Model({self.name!r}, backend={self.backend!r}, n_layers={self.n_layers}, d_model={self.d_model}, "
             f"d_vocab={self.d_vocab}, {weights} {dtype} weights on {self.device})"
         )
+
+    def _repr_html_(self) -> str:
+        cfg, n = self.cfg, sum(weights.numel() for weights in self.hooked.parameters())
+        heads = f"{cfg.n_heads} heads of {cfg.d_head}"
+        if cfg.n_key_value_heads and cfg.n_key_value_heads != cfg.n_heads:
+            heads += f", {cfg.n_key_value_heads} of keys and values"
+        weights = "folded or centred" if self.processed else "as they are, nothing folded or centred"
+        rows = {
+            "shape": f"{self.n_layers} layers, d_model {self.d_model}, d_mlp {cfg.d_mlp}, {heads}",
+            "tokens": f"{self.d_vocab} ids, context of {self.n_ctx}",
+            "weights": f"{n:,} {str(self.dtype).removeprefix('torch.')} on {self.device}; {weights}",
+            "hash": markup.code(self.id.hash[:12]) if self._id or n <= _SMALL else markup.faded("see model.id"),
+            "runs in": f"{type(self.hooked).__name__} ({cfg.original_architecture or 'unknown architecture'})",
+            "sites": markup.details(f"{len(self.sites.kinds)} kinds", markup.code(", ".join(self.sites.kinds))),
+        }
+        return markup.card("Model", markup.facts(rows), about=self.name)
 
 
 def load_model(

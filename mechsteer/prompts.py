@@ -8,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
+from markupsafe import Markup
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mechsteer import rendering
+from mechsteer import markup, rendering
 from mechsteer.errors import MechsteerError
 from mechsteer.rendering import COMPLETION, ROLES, SCAFFOLD, USER, Chat, Ids, Mask, Row
 
@@ -19,6 +20,7 @@ Side = Literal["left", "right"]
 Completions = Sequence[str] | Ids
 
 _SHOWN = 20  # prompts in a notebook
+_TOKENS = 160  # of each of them
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -435,23 +437,37 @@ class Prompts:
         return f"Prompts({len(self)} of at most {longest} tokens: {spans}{slots}; {self.padding_side} padding)"
 
     def _repr_html_(self) -> str:
-        rows = enumerate(self.mask[:_SHOWN])
-        lines = [
-            rendering.Line(
-                label=self.labels[row] if self.labels else str(row),
-                tokens=self.shown_tokens(row),
-                roles=self.roles[row][keep].tolist(),
-                slots=self.slots[row][keep].tolist(),
-            )
-            for row, keep in rows
-        ]
-        return rendering.to_html(lines, more=len(self) - len(lines))
+        lines = [self._line(row) for row in range(min(len(self), _SHOWN))]
+        lengths = self.lengths.tolist()
+        span = f"{min(lengths)}" if min(lengths) == max(lengths) else f"{min(lengths)} to {max(lengths)}"
+        about = f"{len(self)} of {span} tokens, {self.padding_side} padding"
+        return rendering.to_html(lines, more=len(self) - len(lines), about=about)
+
+    def _line(self, row: int) -> rendering.Line:
+        """One prompt as it is shown: of a long one the first and the last tokens."""
+        real = self.mask[row].nonzero()[:, 0]
+        cut = max(len(real) - _TOKENS, 0)
+        head = _TOKENS // 2
+        kept = torch.cat([real[:head], real[head + cut :]]) if cut else real
+        tokens = self.tokens[row][kept]
+        first, last = (int(real[at]) for at in (0, -1))
+        return rendering.Line(
+            label=self.labels[row] if self.labels else str(row),
+            tokens=self.shown(tokens),
+            roles=self.roles[row][kept].tolist(),
+            slots=self.slots[row][kept].tolist(),
+            padding=(first, self.mask.shape[1] - 1 - last),
+            head=head,
+            cut=cut,
+        )
 
     def shown_tokens(self, index: int) -> list[str]:
         """The tokens of one prompt as text if there is a tokenizer, else as ids."""
-        if self.tokenizer is not None:
-            return self.str_tokens(index)
-        return [str(token) for token in self.tokens[index][self.mask[index]].tolist()]
+        return self.shown(self.tokens[index][self.mask[index]])
+
+    def shown(self, ids: Int[Tensor, " _"]) -> list[str]:
+        """These ids as text if there is a tokenizer, else as numbers."""
+        return list(map(str, ids.tolist())) if self.tokenizer is None else rendering.str_tokens(ids, self.tokenizer)
 
     def _each(self, change: Callable[[Tensor], Tensor], **more: Any) -> "Prompts":
         """These prompts with the same change made to all four tensors."""
@@ -465,6 +481,17 @@ class Pair(NamedTuple):
     clean: Prompts
     corrupt: Prompts
     differs: Bool[Tensor, "batch pos"]
+
+    def __repr__(self) -> str:
+        counts = self.differs.sum(1).tolist()
+        return f"Pair({len(self.clean)} pairs that differ in {min(counts)} to {max(counts)} tokens)"
+
+    def _repr_html_(self) -> str:
+        parts = [
+            Markup("<div>{}</div>{}").format(name, Markup(each._repr_html_()))
+            for name, each in (("clean", self.clean), ("corrupt", self.corrupt))
+        ]
+        return markup.card("Pair", *parts, about=repr(self).removeprefix("Pair(")[:-1])
 
 
 def _misaligned(clean: Prompts, corrupt: Prompts, row: int, at: int) -> str:

@@ -1,14 +1,15 @@
 """Turns strings and chats into token ids that know which span each of them belongs to, and those into HTML."""
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
+from markupsafe import Markup
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 
 # What a token is there for; `Prompts.roles` holds indices into this.
@@ -49,12 +50,18 @@ class Row(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One prompt as it is shown: the text, role and slot of each token."""
+    """One prompt as it is shown: the text, role and slot of each token; `padding` on its left and on its right.
+
+    Tokens of a long one are left out between `head` and the rest: `cut` of them.
+    """
 
     label: str
     tokens: list[str]
     roles: list[int]
     slots: list[bool]
+    padding: tuple[int, int] = (0, 0)
+    head: int = 0
+    cut: int = 0
 
 
 def tokenizer_of(source: Any, caller: str) -> Any:
@@ -373,30 +380,44 @@ def str_tokens(ids: Int[Tensor, " _"], tokenizer: Any) -> list[str]:
     return [" " * drop + text for drop, text in zip(dropped, texts, strict=True)]
 
 
-def to_html(lines: Sequence[Line], *, more: int) -> str:
-    """Tokens on the colours of their roles, with position and role as a tooltip. All text is escaped.
+def to_html(lines: Sequence[Line], *, more: int, about: str = "") -> str:
+    """Tokens on the colours of their roles, with position and role as a tooltip, completions in a column of their own.
 
     Args:
         lines: the prompts to show.
         more: how many prompts are not shown.
+        about: a line about all of them.
     """
     present = sorted({role for line in lines for role in line.roles})
-    legend = " ".join(f'<span style="background:{_COLOURS[role]}">{ROLES[role]}</span>' for role in present)
-    rows = [
-        f"<div><b>{_harmless(line.label)}</b> "
-        + "".join(
-            f'<span title="position {at}, {ROLES[role]}{", slot" * slot}" style="background:{_COLOURS[role]};'
-            f'{"outline:1px dashed;" * slot}margin-right:1px">{_harmless(token)}</span>'
-            for at, (token, role, slot) in enumerate(zip(line.tokens, line.roles, line.slots, strict=True))
-        )
-        + "</div>"
-        for line in lines
-    ]
-    rest = f"<div>and {more} more</div>" if more else ""
-    return f'<div style="font-family:monospace;white-space:pre-wrap">{legend}{"".join(rows)}{rest}</div>'
+    legend = [markup.chip(f" {ROLES[role]} ", _COLOURS[role], more="margin-right:6px") for role in present]
+    if any(True in line.slots for line in lines):
+        legend.append(markup.chip(" slot ", _COLOURS[PREFIX], more="outline:1px dashed;margin-right:6px"))
+    columns = [""] + (["prompt", "completion"] if COMPLETION in present else ["prompt"])
+    rows = []
+    for line in lines:
+        chips = _chips(line)
+        split = line.roles.index(COMPLETION) if COMPLETION in line.roles else len(chips)
+        left, right = ([markup.faded(f"{n} padding")] if n else [] for n in line.padding)
+        parts = [[*left, *chips[:split]], chips[split:]] if len(columns) > 2 else [[*left, *chips]]
+        parts[-1] += right
+        rows.append([markup.strong(line.label), *map(_run_of, parts)])
+    rest = [markup.faded(f"and {more} more")] if more else []
+    return markup.card("Prompts", Markup().join(legend), markup.table(columns, rows), *rest, about=about)
 
 
-def _harmless(text: str) -> str:
-    # Line breaks and characters that turn the direction of writing are shown by their codes.
-    visible = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-    return html.escape(visible)
+def _chips(line: Line) -> list[Markup]:
+    """One for each token that is shown, with the count of those that are left out before the first after them."""
+    chips = []
+    for at, (token, role, slot) in enumerate(zip(line.tokens, line.roles, line.slots, strict=True)):
+        position = at + (line.cut if line.cut and at >= line.head else 0)
+        title = f"position {position}, {ROLES[role]}{', slot' * slot}"
+        made = markup.chip(token, _COLOURS[role], title=title, more="outline:1px dashed;" * slot)
+        gap = line.cut and at == line.head
+        chips.append(markup.faded(f" … {line.cut} tokens … ") + made if gap else made)
+    return chips
+
+
+def _run_of(chips: Sequence[Markup]) -> Markup:
+    # Tokens may break anywhere, as their text does; monospace tells one space from two.
+    style = "font-family:monospace;white-space:pre-wrap;overflow-wrap:anywhere"
+    return Markup('<span style="{}">{}</span>').format(style, Markup().join(chips))

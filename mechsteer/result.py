@@ -1,6 +1,5 @@
 """Results: named arrays, and how they came about."""
 
-import html
 import json
 import os
 from collections.abc import Mapping
@@ -14,8 +13,10 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
+from markupsafe import Markup
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.files import open_tensors, save_tensors, stamp
 
@@ -182,8 +183,56 @@ class Result:
         return f"Result({'; '.join([', '.join(shapes) or 'empty', *self._made()])})"
 
     def _repr_html_(self) -> str:
-        made = html.escape(", ".join(self._made()))
-        return f"<div><b>Result</b> {made}</div>{self.data._repr_html_()}"
+        return markup.card("Result", *self._tables(), about=", ".join(self._made()))
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """A figure where it can be drawn, for notebooks that draw plotly's; the tables for all others."""
+        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self._repr_html_()}
+        figure = self._figure()
+        return bundle if figure is None else bundle | figure._repr_mimebundle_()
+
+    def _ipython_display_(self) -> None:
+        """The figure and then the tables, where plotly was told to draw with a script of its own in the page.
+
+        `pio.renderers.default = "plotly_mimetype+notebook"` is such a case, which nbconvert needs. Only `show` has
+        plotly write that script, of 5 MB, once and not for every figure.
+        """
+        import plotly.io as pio
+        from plotly.io.base_renderers import HtmlRenderer
+
+        names = (pio.renderers.default or "").split("+")
+        scripted = any(isinstance(pio.renderers[name], HtmlRenderer) for name in names if name)
+        figure = self._figure() if scripted else None
+        if figure is None:
+            raise NotImplementedError  # IPython then takes what `_repr_mimebundle_` gives
+        from IPython.display import HTML, display
+
+        pio.show(figure)
+        display(HTML(str(markup.details("the numbers", Markup(self._repr_html_())))))
+
+    def _figure(self) -> "go.Figure | None":
+        """What a notebook shows; None where one array cannot be chosen, or has too many dimensions or no numbers."""
+        from mechsteer.plots import captioned
+
+        try:
+            figure = self.plot()
+        except MechsteerError:
+            return None
+        others = [str(name) for name in self.data.data_vars]
+        return captioned(
+            figure, ", ".join([*self._made(), *([f"holds {', '.join(others)}"] if len(others) > 1 else [])])
+        )
+
+    def _ipython_key_completions_(self) -> list[str]:
+        """What Tab offers inside the brackets."""
+        return list(map(str, self.data.variables))
+
+    def _tables(self) -> list[Markup]:
+        """The arrays as xarray shows them, and how they were made."""
+        known = {name: value for name, value in self.provenance.items() if value not in (None, {}, [])}
+        rows = {name: markup.brief(value) if not isinstance(value, str) else value for name, value in known.items()}
+        made = [markup.details("how it was made", markup.facts(rows))] if rows else []
+        return [Markup(self.data._repr_html_()), *made]
 
     def _made(self) -> list[str]:
         model = self.provenance.get("model")

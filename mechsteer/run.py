@@ -4,11 +4,16 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
+from markupsafe import Markup
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.activations import Activations
 from mechsteer.errors import MechsteerError
 from mechsteer.prompts import Prompts
+
+# What a notebook shows: prompts, and likeliest next tokens of each.
+_PROMPTS, _TOKENS = 10, 5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,3 +65,35 @@ class Run:
             )
         full = self.rows.new_zeros(*self.read.shape, self.rows.shape[-1])
         return full.index_put(torch.where(self.read), self.rows)
+
+    def __repr__(self) -> str:
+        read, tokens = int(self.read.sum()), int(self.prompts.mask.sum())
+        sites = f", {len(self.activations)} sites recorded" if self.activations else ""
+        logits = f"logits {list(self.rows.shape)} at {read} of {tokens} tokens" if read else "no logits"
+        return f"Run({len(self.prompts)} prompts, {logits}{sites}; {self.activations.model.name})"
+
+    def _repr_html_(self) -> str:
+        parts = [*self._next_tokens(), *([Markup(self.activations._repr_html_())] if self.activations else [])]
+        title, about = repr(self)[:-1].split("(", 1)
+        return markup.card(title, *parts, about=about)
+
+    def _next_tokens(self) -> list[Markup]:
+        """A table of the likeliest tokens after each prompt, before any completion; none where they were not read."""
+        first = torch.arange(len(self.prompts), device=self.read.device) < _PROMPTS
+        at = self.prompts.at(self.prompts.decision).to(self.read.device) & self.read & first[:, None]
+        which = at.nonzero()[:, 0].tolist()
+        if not which:
+            return []
+        top = self.logits_at(at).detach().float().softmax(-1).topk(min(_TOKENS, self.rows.shape[-1]))
+        rows = []
+        for row, ids, chances in zip(which, top.indices, top.values.tolist(), strict=True):
+            texts = zip(self.prompts.shown(ids), chances, strict=True)
+            chips = [
+                markup.chip(text, f"rgba(40,120,230,{0.1 + 0.5 * p:.2f})") + markup.faded(f" {p:.1%}")
+                for text, p in texts
+            ]
+            label = self.prompts.labels[row] if self.prompts.labels else str(row)
+            rows.append([label, *map(markup.code, chips)])
+        more = [markup.faded(f"and {len(self.prompts) - _PROMPTS} more")] if len(self.prompts) > _PROMPTS else []
+        header = ["prompt", "likeliest next tokens", *[""] * (len(rows[0]) - 2)]
+        return [markup.table(header, rows), *more]

@@ -3,8 +3,9 @@
 import difflib
 import re
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 
 _RESID = ("batch", "pos", "d_model")
@@ -48,6 +49,12 @@ KINDS: dict[str, Kind] = {
     "ln_final_scale": Kind("ln_final.hook_scale", _SCALE),
     "ln_final_normalized": Kind("ln_final.hook_normalized", _RESID),
 }
+KindName = Literal[
+    "embed", "pos_embed", "resid_pre", "ln1_scale", "ln1_normalized", "q", "k", "v", "rot_q", "rot_k", "attn_scores",
+    "pattern", "z", "attn_out", "resid_mid", "ln2_scale", "ln2_normalized", "mlp_pre", "mlp_pre_linear", "mlp_post",
+    "mlp_out", "resid_post", "ln_final_scale", "ln_final_normalized",
+]  # fmt: skip
+"""The kinds of `KINDS`, so that editors complete them."""
 _BY_HOOK = {kind.hook: name for name, kind in KINDS.items()}
 _INDEXED = re.compile(r"^(?P<hook>[^\[\]]+?)(?:\[(?P<index>[^\[\]]*)\])?$")
 
@@ -73,7 +80,7 @@ class Site:
         MechsteerError: the kind does not exist, or layer or head do not go with it.
     """
 
-    kind: str
+    kind: KindName | str
     layer: int | None = None
     head: int | None = field(default=None, kw_only=True)
     pos: int | None = field(default=None, kw_only=True)
@@ -172,8 +179,12 @@ class Site:
         parts += [f"{name}={value}" for name, value in (("head", self.head), ("pos", self.pos)) if value is not None]
         return f"Site({', '.join(parts)})"
 
+    def _repr_html_(self) -> str:
+        rows = {"hook point": markup.code(self), "axes": ", ".join(self.axes)}
+        return markup.card("Site", markup.facts(rows), about=repr(self).removeprefix("Site(")[:-1])
 
-SiteLike = Site | str | tuple[str, int]
+
+SiteLike = Site | KindName | str | tuple[KindName | str, int]
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -1,16 +1,21 @@
 """Directions: vectors that belong to a place in a model."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
 from jaxtyping import Float
+from markupsafe import Markup
 from torch import Tensor
 
-from mechsteer.activations import ModelId
+from mechsteer import markup
+from mechsteer.activations import ModelId, at_hand
 from mechsteer.errors import MechsteerError
 from mechsteer.files import open_tensors, save_tensors, stamp
 from mechsteer.prompts import Prompts
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     from mechsteer.model import Model
 
 _VERSION = 1
+# Numbers in an unembedding that is compared in a moment, and how many tokens a notebook shows.
+_SMALL, _NEAREST = 50_000_000, 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -239,6 +246,62 @@ class Direction:
         model = "" if self.model is None else f", model={self.model.name!r}"
         method = f", method={self.origin['method']!r}" if "method" in self.origin else ""
         return f"Direction({self.site!r}, d={self.vectors.shape[1]}, {what}{model}{method})"
+
+    def _repr_html_(self) -> str:
+        return markup.card("Direction", markup.facts({"site": markup.code(self.site)} | self.told()))
+
+    def told(self) -> dict[str, object]:
+        """What a notebook says of it besides its site: names, and what each is."""
+        k, d = self.vectors.shape
+        norms = torch.linalg.vector_norm(self.vectors.detach()[:8].float(), dim=1).tolist()
+        made_with = "no particular one"
+        if self.model is not None:
+            made_with = f"{self.model.name} ({self.model.hash[:8]}{', processed' if self.model.processed else ''})"
+        rows: dict[str, object] = {
+            "width": f"{d}" if k == 1 else f"{k} vectors of {d}",
+            "norm": ", ".join(f"{norm:.4g}" for norm in norms) + (", ..." if k > 8 else ""),
+            "model": made_with,
+            "origin": markup.lines(_steps(self.origin)) if self.origin else markup.faded("not said"),
+        }
+        if near := self._near:
+            chips = (
+                markup.chip(text, f"rgba(40,120,230,{min(1.5 * max(cos, 0), 0.8):.2f})", title=f"cosine {cos:.3f}")
+                for text, cos in near
+            )
+            rows["nearest tokens"] = markup.code(Markup(" ").join(chips))
+        return rows
+
+    @cached_property
+    def _near(self) -> list[tuple[str, float]]:
+        """The nearest tokens, where the model is in memory and small enough for them to be found while one looks."""
+        model = at_hand(self.model)
+        if model is None or model.tokenizer is None or model.d_model * model.d_vocab > _SMALL:
+            return []
+        # Not of several vectors, of zero, in another space than the stream's, or after the weights changed.
+        with suppress(MechsteerError):
+            return self.nearest_tokens(model, _NEAREST)
+        return []
+
+
+def _steps(origin: Mapping[str, Any]) -> list[str]:
+    """How a direction came about, the last step first."""
+    steps = []
+    while origin:
+        told = "; ".join(_words(name, value) for name, value in origin.items() if name not in ("method", "of"))
+        of = origin.get("of")
+        many = f" of {len(of)} directions" if isinstance(of, list) else ""
+        steps.append(f"{origin.get('method', 'made')}{many}" + (f": {told}" if told else ""))
+        origin = of if isinstance(of, Mapping) else {}
+    return steps
+
+
+def _words(name: str, value: Any) -> str:
+    """One entry of an origin."""
+    if isinstance(value, Mapping):
+        return f"{name} ({', '.join(_words(*each) for each in value.items())})"
+    if isinstance(value, str):
+        return f"{name} {value[:8] if re.fullmatch('[0-9a-f]{32,}', value) else markup.shortened(value)}"
+    return f"{name} {markup.brief(value)}"
 
 
 def cosine_table(directions: Mapping[Any, Direction] | Sequence[Direction]) -> Result:

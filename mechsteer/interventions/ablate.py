@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mechsteer.model import Model
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Ablate(Intervention):
     """Project a direction, or the subspace of several, out of a site: `x - (x U^T) U` with orthonormal rows U.
 
@@ -63,6 +63,10 @@ class Ablate(Intervention):
         object.__setattr__(self, "direction", given)
         object.__setattr__(self, "basis", given.orthonormal().vectors)
         object.__setattr__(self, "everywhere", everywhere)
+
+    def _told(self) -> dict[str, Any]:
+        rank = {"rank": self.basis.shape[0]}
+        return {"direction": self.direction} | rank | ({"everywhere": True} if self.everywhere else {})
 
     def sites(self, n_layers: int) -> tuple[Site, ...]:
         if not self.everywhere:

@@ -22,7 +22,7 @@ MODES = ("clamp", "add", "scale")
 _FEW = 4
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class SetFeature(Intervention):
     """Set, raise or multiply the activation of SAE features, and keep the autoencoder's error.
 
@@ -87,6 +87,10 @@ class SetFeature(Intervention):
         object.__setattr__(self, "mode", mode)
         # A tensor of its own for each autoencoder, so that checks of many cells are made once for each.
         object.__setattr__(self, "decoder", sae.decoder)
+
+    def _told(self) -> dict[str, Any]:
+        one = float(self.values) if self.values.numel() == 1 else self.values
+        return {"features": list(self.features), "values": one, "mode": self.mode, "sae": self.sae.name}
 
     @classmethod
     def _edit(cls, cells: Sequence["SetFeature"], like: Float[Tensor, "..."]) -> Edit:

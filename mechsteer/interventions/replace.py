@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mechsteer.model import Model
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Replace(Intervention):
     """Put other values in the place of a site's: activation patching, mean ablation, zero ablation.
 
@@ -66,6 +66,9 @@ class Replace(Intervention):
         object.__setattr__(self, "at", normalise_at(at, where.pos))
         object.__setattr__(self, "value", value)
         object.__setattr__(self, "src", normalise_at(src))
+
+    def _told(self) -> dict[str, Any]:
+        return {"value": self.value} | ({} if self.src is None else {"src": self.src})
 
     @classmethod
     def _edit(cls, cells: Sequence["Replace"], like: Float[Tensor, "..."]) -> Edit:

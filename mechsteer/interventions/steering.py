@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.hooks import Edit, Intervention, check
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mechsteer.model import Model
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Add(Intervention):
     """Add `alpha` times a direction: activation steering.
 
@@ -92,6 +93,16 @@ class Add(Intervention):
         super().check_prompts(prompts, n_new=n_new)
         check_batch(self.alpha, prompts, "alpha")
 
+    def _repr_html_(self) -> str:
+        rows: dict[str, Any] = {
+            "site": markup.code(self.site),
+            "tokens": "all" if self.at is None else markup.brief(self.at),
+        }
+        rows["alpha"] = markup.brief(self.alpha)
+        if not isinstance(self.alpha, Tensor):
+            rows["alpha"] += f" (adds a vector of length {abs(self.alpha) * self.direction.norm:.4g})"
+        return markup.card("Add", markup.facts(rows | self.direction.told()), about=markup.says(self))
+
     def to_weights(self, model: "Model") -> "Model":
         """A copy of the model with the vector added for good: the MLP output bias of the block gains `alpha * v`.
 
@@ -125,7 +136,7 @@ def _stack_unique(
     return table, torch.tensor(which, device=like.device)
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Scale(Intervention):
     """Multiply a site's values, such as one head's output, by a factor.
 
@@ -170,7 +181,7 @@ class Scale(Intervention):
         check_batch(self.factor, prompts, "factor")
 
 
-@dataclass(frozen=True, eq=False, init=False)
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class SoftPrefix(Intervention):
     """Put embeddings, which need be no token's, into the slots that the prompts reserve: Lester et al. 2021.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Bool, Float
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 
 Probabilities = Callable[[Sequence[str]], Sequence[float] | np.ndarray]
@@ -44,6 +45,11 @@ class Judge:
     def by_test(name: str, shown: str, words: tuple[str, ...], test: Callable[[str], bool]) -> "Judge":
         """A judge that looks at one text at a time and is always sure."""
         return Judge(name, shown, words, lambda texts: [float(test(text)) for text in texts])
+
+    def _repr_html_(self) -> str:
+        words = ", ".join(self.words[:12]) + (", ..." if len(self.words) > 12 else "")
+        rows = {"shows": f"texts that {self.shown}", "from a probability of": f"{self.threshold:g}", "words": words}
+        return markup.card("Judge", markup.facts(rows), about=self.name)
 
     def __call__(self, text: str) -> bool:
         return bool(self.many([text])[0])

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.prompts import Prompts
 from mechsteer.run import Run
@@ -58,6 +59,13 @@ class Objective(ABC):
     @abstractmethod
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
         """One number for each row of `run.prompts`."""
+
+    def _repr_html_(self) -> str:
+        rows: dict[str, object] = {"measures": markup.says(self), "as": markup.code(markup.shortened(repr(self), 400))}
+        rows["reads"] = markup.code(", ".join(map(str, self.sites()))) if self.sites() else "logits"
+        if self.n_examples is not None:
+            rows["holds values for"] = f"{self.n_examples} prompts"
+        return markup.card(type(self).__name__, markup.facts(rows), about=self.name)
 
     def __add__(self, other: object) -> "Objective":
         return _sum(self, other, 1.0) if isinstance(other, Objective) else NotImplemented
@@ -135,6 +143,11 @@ class Sum(Objective):
 
     def __call__(self, run: Run) -> Float[Tensor, " batch"]:
         return torch.stack([weight * part(run) for weight, part in self.terms]).sum(0)
+
+    def _repr_html_(self) -> str:
+        rows = [(weight, part.name, markup.code(repr(part)), markup.says(part)) for weight, part in self.terms]
+        shown = markup.table(("weight", "objective", "as", "measures"), rows)
+        return markup.card("Sum", shown, about=f"{self.name}, of {len(rows)} objectives")
 
     def __repr__(self) -> str:
         parts = [("- " if w < 0 else "+ ") + ("" if abs(w) == 1 else f"{abs(w):g} * ") + repr(p) for w, p in self.terms]

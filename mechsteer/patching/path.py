@@ -253,7 +253,7 @@ def _reached(cell: Senders, receivers: Sequence[Place]) -> list[Place]:
 # ---- what the receivers get ----
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Received(Intervention):
     """Puts what one cell's receiver was computed to be in its place.
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from mechsteer.markup import printable
+
 _MOST_TICKS = 60
 _LONGEST_TICK = 24
 
@@ -18,11 +20,6 @@ def plain(text: str) -> str:
     Characters that do not print (line breaks, direction marks, half-decoded bytes) are shown as escapes.
     """
     return html.escape(printable(text), quote=False).replace("$", "&#36;")
-
-
-def printable(text: str) -> str:
-    """Text in which whatever does not print is an escape, such as \\n."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def short(token: str) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import xarray as xr
 
 from mechsteer.errors import MechsteerError
-from mechsteer.plots.labels import printable, short
+from mechsteer.markup import printable
+from mechsteer.plots.labels import short
 from mechsteer.result import Result
 from mechsteer.site import Site
 

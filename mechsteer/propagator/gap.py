@@ -11,8 +11,10 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float, Int
+from markupsafe import Markup
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.activations import Activations, ModelId
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
@@ -96,6 +98,21 @@ class EmbeddingGradient:
 
     def __repr__(self) -> str:
         return f"EmbeddingGradient({self.measure}, {self.prompts!r})"
+
+    def _repr_html_(self) -> str:
+        norms = torch.linalg.vector_norm(self.gradient[:10].detach(), dim=-1)
+        rows = []
+        for row, (value, mask) in enumerate(zip(self.value[:10].tolist(), self.prompts.mask[:10], strict=True)):
+            lengths = norms[row][mask].tolist()
+            most = max(lengths) or 1.0
+            texts = zip(self.prompts.shown_tokens(row), lengths, strict=True)
+            chips = [
+                markup.chip(text, f"rgba(230,140,0,{0.7 * n / most:.2f})", title=f"length {n:.4g}") for text, n in texts
+            ]
+            rows.append((row, value, markup.code(Markup().join(chips))))
+        more = [markup.faded(f"and {len(self.value) - 10} more")] if len(self.value) > 10 else []
+        table = markup.table(("prompt", "objective", "tokens by the length of their gradient"), rows)
+        return markup.card("EmbeddingGradient", table, *more, about=f"of {self.measure}, {self.model.name}")
 
 
 def gap_gradient(

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mechsteer import markup
 from mechsteer.activations import Activations
 from mechsteer.backends.decoder import Capture
 from mechsteer.backends.packing import Layout, Pack
@@ -57,7 +58,7 @@ def positions_of(prompts: Prompts, pos: int | Int[Tensor, " batch"] | None) -> I
     return prompts.at(-1 if pos is None else pos).int().argmax(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Jacobian:
     """dy/dx of every prompt, as products with vectors.
 
@@ -88,6 +89,9 @@ class Jacobian:
     def reaches(self) -> bool:
         """Whether y depends on x at all."""
         return torch.autograd.grad(self.y.sum(), self.x, retain_graph=True, allow_unused=True)[0] is not None
+
+    def __repr__(self) -> str:
+        return markup.told("Jacobian", {"y": self.y, "x": self.x})
 
     @property
     def _width(self) -> int:
@@ -124,7 +128,7 @@ class Jacobian:
             return u, None if g is None else g[self.index]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """The residual stream at several stages of one forward pass, in its graph.
 

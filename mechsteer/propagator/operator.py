@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
+from markupsafe import Markup
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
@@ -144,6 +146,16 @@ class LinearOperator(ABC):
         square, error = mean_of(self._mv(self._signs(probes, seed)).square().sum(-1))
         return Estimate(square.sqrt(), error / (2 * square.sqrt()).clamp(min=torch.finfo(square.dtype).tiny))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__.lstrip('_')}({self.batch} maps, {self.d_target} x {self.d_source})"
+
+    def _rows(self) -> dict[str, object]:
+        """What a notebook says of it."""
+        return {"shape": f"{self.d_target} x {self.d_source}, one for each of {self.batch} prompts"}
+
+    def _repr_html_(self) -> str:
+        return markup.card(type(self).__name__.lstrip("_"), markup.facts(self._rows()), about=markup.says(self))
+
     # ---- parts of these ----
 
     def _signs(self, probes: int | None, seed: int) -> Float[Tensor, "n batch d_source"]:
@@ -188,6 +200,9 @@ class _Transposed(LinearOperator):
         """The map that this is the transpose of."""
         return self.of
 
+    def _rows(self) -> dict[str, object]:
+        return {"of": markup.code(repr(self.of)), **super()._rows()}
+
 
 @final
 class Matrix(LinearOperator):
@@ -227,6 +242,9 @@ class _Mean(LinearOperator):
 
     def _like(self) -> Tensor:
         return self.of._like()
+
+    def _rows(self) -> dict[str, object]:
+        return {"of": markup.code(repr(self.of)), **super()._rows()}
 
 
 @final
@@ -392,11 +410,27 @@ class Propagator(LinearOperator):
     def _like(self) -> Tensor:
         return self.jacobian.y.detach()
 
+    def _rows(self) -> dict[str, object]:
+        return {
+            "source": _told(self.source, self.source_pos),
+            "target": _told(self.target, self.target_pos),
+            **super()._rows(),
+            "model": self.model.name + (", through TransformerLens's hooks" if self.hooks else ""),
+            "computed": f"a backward pass for each product, many side by side; .dense() takes "
+            f"{min(self.d_target, self.d_source)} of them",
+        }
+
     def __repr__(self) -> str:
         return (
             f"Propagator({self.model.name!r}, {self.source!r} -> {self.target!r}, {self.batch} prompts, "
             f"{self.d_target} x {self.d_source})"
         )
+
+
+def _told(place: Any, pos: Int[Tensor, " batch"]) -> Markup:
+    """A source or target, and its position in the prompts."""
+    ends = sorted({int(pos.min()), int(pos.max())})
+    return markup.code(place) + Markup(" ") + markup.faded(f"at position {' to '.join(map(str, ends))}")
 
 
 def _place(

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.activations import ModelId
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
@@ -57,6 +58,12 @@ class PromptVector:
     def __repr__(self) -> str:
         layers, prompts, _ = self.deltas.shape
         return f"PromptVector(ids={list(self.ids)} as {self.where}, {layers} layers, {prompts} prompts)"
+
+    def _repr_html_(self) -> str:
+        norms = torch.linalg.vector_norm(self.deltas.detach().float().mean(1), dim=-1).tolist()
+        table = markup.table(("layer", "norm of the mean"), list(enumerate(norms)))
+        title, about = repr(self)[:-1].split("(", 1)
+        return markup.card(title, table, about=f"{about}; {self.model.name}")
 
 
 def prompt_vector(model: Model, prompts: PromptsLike, ids: Sequence[int], *, where: str = "suffix") -> PromptVector:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 
 _Product = Callable[[Tensor], Tensor]
@@ -28,12 +29,35 @@ class SVD(NamedTuple):
     Vh: Float[Tensor, "batch k d_source"]
     error: Float[Tensor, " batch"]
 
+    def __repr__(self) -> str:
+        return markup.told("SVD", self._asdict())
+
+    def _repr_html_(self) -> str:
+        batch, k = self.S.shape
+        rows = [
+            (row, *values, error)
+            for row, (values, error) in enumerate(zip(self.S[:10, :8].tolist(), self.error[:10].tolist(), strict=True))
+        ]
+        header = ("prompt", *[f"s{i + 1}" for i in range(min(k, 8))], "bound of the error")
+        about = f"k={k} of {batch} maps, U {list(self.U.shape)}, Vh {list(self.Vh.shape)}"
+        return markup.card("SVD", markup.table(header, rows), about=about)
+
 
 class Estimate(NamedTuple):
     """A number for each prompt and its standard error, which is 0 where it is exact."""
 
     value: Float[Tensor, " batch"]
     stderr: Float[Tensor, " batch"]
+
+    def __repr__(self) -> str:
+        exact = "exact" if not bool(self.stderr.any()) else f"+/- {self.stderr.detach().mean().item():.3g}"
+        return f"Estimate(mean {self.value.detach().mean().item():.6g} of {len(self.value)} prompts, {exact})"
+
+    def _repr_html_(self) -> str:
+        pairs = zip(self.value[:20].tolist(), self.stderr[:20].tolist(), strict=True)
+        rows = [(row, value, error) for row, (value, error) in enumerate(pairs)]
+        more = [markup.faded(f"and {len(self.value) - 20} more")] if len(self.value) > 20 else []
+        return markup.card("Estimate", markup.table(("prompt", "value", "standard error"), rows), *more)
 
 
 def check_probes(probes: int | None) -> None:

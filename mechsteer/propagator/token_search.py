@@ -9,6 +9,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.interventions import SoftPrefix
 from mechsteer.model import Model, PromptsLike
@@ -53,6 +54,21 @@ class FoundTokens:
             f"FoundTokens({self.text!r} by {self.method}: mean {means[0]:.3g} -> {means[-1]:.3g}, "
             f"{self.forward_passes} forward passes)"
         )
+
+    def _repr_html_(self) -> str:
+        means = self.gaps["gap"].mean("prompt").values.tolist()
+        tokens = ["none", *map(str, self.gaps["token"].values[1:])]
+        rows = [
+            (step, markup.code(repr(token)), mean) for step, (token, mean) in enumerate(zip(tokens, means, strict=True))
+        ]
+        kept = f"{sum(self.round_trip)} of {len(self.round_trip)} prompts" if self.round_trip else "no tokenizer to ask"
+        facts = {
+            "text": markup.code(repr(self.text)),
+            "survives as text in": kept,
+            "forward passes": self.forward_passes,
+        }
+        table = markup.table(("step", "token", "mean objective"), rows)
+        return markup.card("FoundTokens", markup.facts(facts), table, about=f"by {self.method}")
 
 
 def search_tokens(

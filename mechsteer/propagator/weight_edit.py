@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from markupsafe import Markup
 
-from mechsteer import backends
+from mechsteer import backends, markup
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
@@ -95,6 +96,10 @@ class RankEdit:
 
     def __repr__(self) -> str:
         return f"RankEdit(rank {self.rank}, reads {self.reads.site}, writes {self.writes.site})"
+
+    def _repr_html_(self) -> str:
+        rows = {"reads": Markup(self.reads._repr_html_()), "writes": Markup(self.writes._repr_html_())}
+        return markup.card("RankEdit", markup.facts(rows), about=f"rank {self.rank}")
 
     def _check(self, model: Model) -> int:
         for each in (self.reads, self.writes):

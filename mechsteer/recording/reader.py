@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.activations import ModelId, SiteMap
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, open_tensors, stamp
@@ -38,6 +39,9 @@ class TokenRows(NamedTuple):
     position: Tensor
     token: Tensor
 
+    def __repr__(self) -> str:
+        return markup.told("TokenRows", self._asdict())
+
 
 class TopK(NamedTuple):
     """The tokens where each feature is largest, in descending order; of equal values the first in the stream.
@@ -53,6 +57,9 @@ class TopK(NamedTuple):
     example: Tensor
     position: Tensor
     token: Tensor
+
+    def __repr__(self) -> str:
+        return markup.told("TopK", self._asdict())
 
 
 class Options(NamedTuple):
@@ -204,6 +211,18 @@ class Recording:
         return (
             f"Recording({self.n_tokens} tokens of {self.n_examples} prompts{state}, at {names} of {self.model.name!r})"
         )
+
+    def _repr_html_(self) -> str:
+        shards = self._manifest.shards
+        state = "complete" if self.complete else "unfinished: call record_stream again to go on"
+        rows = {
+            "model": f"{self.model.name} ({self.model.hash[:8]})",
+            "rows": f"{self.n_tokens:,} tokens of {self.n_examples:,} prompts, {state}",
+            "sites": markup.lines(map(markup.code, self.sites)),
+            "kept": f"{len(shards)} shards" if self.options.keep else "statistics only",
+            "folder": markup.code(self.folder),
+        }
+        return markup.card("Recording", markup.facts(rows))
 
 
 def load_statistics(folder: Path, manifest: "Manifest") -> dict[Site, RunningStatistics]:

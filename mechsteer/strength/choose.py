@@ -10,6 +10,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.hooks import check
@@ -187,6 +188,20 @@ class ChosenAlpha:
             band = f"{float(one['low']):.3g} to {float(one['high']):.3g}"
             parts.append(f"{name}: {alpha:.3g} ({band})" if self.works[name] else f"{name}: no strength works")
         return f"ChosenAlpha({'; '.join(parts)}; {self.forward_passes} forward passes)"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for name, alpha in self.alphas.items():
+            one = self.result.sel(direction=name)
+            gain = f"{float(one['gain']):.3g} +/- {float(one['gain_error']):.2g}"
+            band = f"{float(one['low']):.3g} to {float(one['high']):.3g}"
+            works = self.works[name]
+            rows.append((name, f"{alpha:.3g}" if works else "no strength works", band if works else "", gain))
+        table = markup.table(("direction", "alpha", "band", "gain"), rows)
+        options = self.result.provenance.get("options", {})
+        asked = {name: options[name] for name in ("objective", "side_effect", "weight", "at") if options.get(name)}
+        more = markup.facts({name: markup.shortened(str(value)) for name, value in asked.items()})
+        return markup.card("ChosenAlpha", table, more, about=f"{self.forward_passes} forward passes; .plot() draws why")
 
 
 def choose_alpha(

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
+from markupsafe import Markup
+
+from mechsteer import markup
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
@@ -25,7 +28,7 @@ PUBLISHED_TEMPLATE = (
 PUBLISHED_SYSTEM = "You are an assistant."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Concept:
     """A concept to steer towards: the sets P and N of equation (3), and its tokens (the set C of definition 3.5).
 
@@ -55,6 +58,20 @@ class Concept:
                 raise MechsteerError(f"Concept {self.name!r} got {group}={texts!r}. Pass texts, none of them empty.")
             object.__setattr__(self, group, tuple(texts))
         object.__setattr__(self, "tokens", tuple(self.tokens))
+
+    def __repr__(self) -> str:
+        sizes = f"{len(self.positives)} positives, {len(self.negatives)} negatives"
+        return f"Concept({self.name!r}, {sizes}, {len(self.tokens) or 'no'} tokens of its own)"
+
+    def _repr_html_(self) -> str:
+        def few(texts: Sequence[str]) -> Markup:
+            rest = [markup.faded(f"and {len(texts) - 3} more")] if len(texts) > 3 else []
+            return markup.lines([*(markup.shortened(text) for text in texts[:3]), *rest])
+
+        rows = {"positives": few(self.positives), "negatives": few(self.negatives)}
+        if self.tokens:
+            rows["tokens"] = markup.code(markup.brief(list(self.tokens)))
+        return markup.card("Concept", markup.facts(rows), about=self.name)
 
     def token_ids(self, model: Model, *, against: Iterable["Concept"] = (), k: int = 32) -> list[int]:
         """The tokens that belong to the concept.

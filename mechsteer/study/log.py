@@ -1,4 +1,5 @@
-"""What a study says while it runs: plain lines on standard error, under which the bars of sweeps come and go."""
+"""What a study says while it runs: plain lines on standard error, in a notebook below the cell, under which the bars of
+sweeps come and go."""
 
 import sys
 import time
@@ -12,7 +13,11 @@ class Log:
     """One line for each step, with the time since its chapter began."""
 
     def __init__(self, *, show: bool = True) -> None:
-        self._console = Console(stderr=True, highlight=False)
+        self._notebook = Console().is_jupyter
+        # In a notebook lines of one stream stand together; each line that a console shows there is an output of its
+        # own, and what goes to standard error looks like a warning.
+        notebook = {"force_jupyter": False, "force_terminal": True, "color_system": "standard"}
+        self._console = Console(stderr=True, highlight=False, **(notebook if self._notebook else {}))  # type: ignore[arg-type]
         self._show = show
         self._began = time.perf_counter()
 
@@ -49,12 +54,10 @@ class Log:
     def _say(self, text: Text) -> None:
         if not self._show:
             return
-        if self._console.is_jupyter:
-            self._console.print(text, soft_wrap=True)
-            return
         # Through sys.stderr, which a bar that is on screen has replaced so that lines appear above it; a console of
         # its own would write into the bar.
         with self._console.capture() as captured:
             self._console.print(text, soft_wrap=True)
-        sys.stderr.write(captured.get())
-        sys.stderr.flush()
+        stream = sys.stdout if self._notebook else sys.stderr
+        stream.write(captured.get())
+        stream.flush()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from mechsteer import markup
 from mechsteer.activations import ModelId
 from mechsteer.errors import MechsteerError
 from mechsteer.files import stamp
@@ -72,6 +73,22 @@ class Study:
             f"Study({self.settings.prefix!r} on {self.model.name}, {len(self.settings.requests)} requests, "
             f"chapters {', '.join(self.chapters) or 'none'}, in {str(self.folder)!r})"
         )
+
+    def _repr_html_(self) -> str:
+        parts: list[object] = []
+        with suppress(MechsteerError):  # no summary yet, or one that cannot be read
+            rows = [(chapter, label, markup.strong(value), note) for chapter, label, value, note in self._headline()]
+            parts += [markup.table(("chapter", "", "", ""), rows)] if rows else []
+        if not parts:
+            parts += [markup.facts({name: f"{done.seconds:.1f} s" for name, done in self.chapters.items()})]
+        parts += [markup.lines(f"{name}: {why}" for name, why in self.failures.items())]
+        parts += [markup.link(self.report, "report.html") if self.report.exists() else markup.faded("no report yet")]
+        requests = f"{len(self.settings.requests)} requests, {len(self.chapters)} chapters"
+        return markup.card("Study", *parts, about=f'"{self.settings.prefix}" on {self.model.name}, {requests}')
+
+    def _headline(self) -> list[list[str]]:
+        """What `headline` gave when the report was written: to ask the chapters again takes seconds."""
+        return self.summary.get("headline", [])
 
 
 def study(
@@ -264,6 +281,7 @@ def _write(study: Study, chapters: Sequence[Chapter]) -> Study:
             for name, done in study.chapters.items()
         },
         "failures": failures,
+        "headline": headline(sections),
         "versions": {"mechsteer": version("mechsteer"), "torch": torch.__version__},
     }
     folders.write_json(study.folder / "summary.json", stamp("study-summary", 1) | about)

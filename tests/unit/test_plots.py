@@ -364,7 +364,7 @@ def test_themes_change_colours_and_nothing_else() -> None:
     assert dark.data == figure.data
     assert dark.layout.xaxis.ticktext == figure.layout.xaxis.ticktext and dark.layout.height == figure.layout.height
     assert (
-        figure.layout.template.to_plotly_json()["layout"] == plots.LIGHT["template"]["layout"]
+        figure.layout.template.to_plotly_json()["layout"] == plots.PAPER["template"]["layout"]
     )  # and nothing of plotly's
     assert plots.theme(dark).layout.template == figure.layout.template
     assert figure.layout.template.layout.paper_bgcolor == "rgba(0,0,0,0)"

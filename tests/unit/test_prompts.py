@@ -604,7 +604,7 @@ def test_html_is_harmless() -> None:
     assert "<b>&lt;b&gt;&amp;</b>" in page
     assert "\\n" in page
     assert 'title="position 2, prefix, slot"' in page
-    assert page.count("<b>") == 20
+    assert page.count("<b>&lt;b&gt;") == 20
     assert "and 3 more" in page
     # Every quote and bracket is of our own making.
     assert page.count('"') == 2 * (page.count("title=") + page.count("style="))
