@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ from mechsteer.study.sentences import Sentence, Telling, listed, plain, prose
 
 # From so many requests on an interval is not called wide for their number alone.
 _MANY = 30
+# What a summary that lacks something leads to.
+_UNTOLD = (KeyError, TypeError, ValueError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ def executive(findings: Mapping[str, Findings], failures: Mapping[str, str] | No
         sentences: list[Sentence] = []
         for name, tell in parts.items():
             if name in findings:
-                tellings[name] = Telling(name, findings[name].summary)
-                sentences += _told(tellings[name], tell)
+                telling = Telling(name, findings[name].summary)
+                sentences += _told(telling, tell)
+                tellings[name] = telling
             elif name in failures:
                 sentences.append(Sentence((f"There is no answer from this: {failures[name]}",), name))
         if sentences:
@@ -80,7 +84,7 @@ def wrapped(text: str, width: int) -> str:
 def _told(telling: Telling, tell: Callable[[Telling], None]) -> list[Sentence]:
     try:
         tell(telling)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except _UNTOLD as error:
         # A chapter that another mechsteer made; the report says the same of how it is shown.
         return [
             Sentence(
@@ -419,7 +423,14 @@ QUESTIONS: dict[str, dict[str, Callable[[Telling], None]]] = {
 
 
 def _caveats(tellings: Mapping[str, Telling], failures: Mapping[str, str]) -> list[Sentence]:
-    found = [_few(tellings), *_of_chapters(tellings)]
+    found: list[Sentence] = []
+    for name, caveat in _CAVEATS.items():
+        if name in tellings:
+            telling = Telling(name, tellings[name].summary)
+            # What cannot be told has been told.
+            with suppress(*_UNTOLD):
+                caveat(telling)
+            found += telling.sentences
     missing = [name for parts in QUESTIONS.values() for name in parts if name not in {*tellings, *failures}]
     for names, what in ((list(failures), "failed"), (missing, "not asked for or not finished")):
         if names:
@@ -432,14 +443,10 @@ def _caveats(tellings: Mapping[str, Telling], failures: Mapping[str, str]) -> li
             "and say nothing of other models."
         )
     )
-    return [each for each in found if each is not None]
+    return found
 
 
-def _few(tellings: Mapping[str, Telling]) -> Sentence | None:
-    """How many held-out requests there are."""
-    if "behaviour" not in tellings:
-        return None
-    about = _again(tellings["behaviour"])
+def _behaviour_caveat(about: Telling) -> None:
     n = about.value("gap", "held-out", "n")
     few = "" if n >= _MANY else ", so that intervals are wide"
     about.say(
@@ -449,21 +456,6 @@ def _few(tellings: Mapping[str, Telling]) -> Sentence | None:
     )
     if about.value("judge") is None:
         about.say("No judge knows this behaviour, so that completions are compared by their likelihood alone.")
-    return Sentence(
-        tuple(part for each in about.sentences for part in (*each.parts, " "))[:-1], "behaviour", about.sentences[0].at
-    )
-
-
-def _of_chapters(tellings: Mapping[str, Telling]) -> list[Sentence]:
-    sentences: list[Sentence] = []
-    for name, caveat in _CAVEATS.items():
-        if name in tellings:
-            sentences += _told(_again(tellings[name]), caveat)
-    return sentences
-
-
-def _again(telling: Telling) -> Telling:
-    return Telling(telling.chapter, telling.summary)
 
 
 def _vector_caveat(about: Telling) -> None:
@@ -499,6 +491,7 @@ def _together_caveat(about: Telling) -> None:
 
 
 _CAVEATS: dict[str, Callable[[Telling], Any]] = {
+    "behaviour": _behaviour_caveat,
     "vector": _vector_caveat,
     "features": _features_caveat,
     "words": _words_caveat,
