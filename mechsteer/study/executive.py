@@ -184,9 +184,7 @@ def _entry(about: Telling) -> None:
 
 def _percent_interval(about: Telling, *path: str | int) -> str:
     """Of shares that are in percent, and of the requests that are patched."""
-    low, high = (
-        about.cite(*path, end, form=lambda value: f"{round(value) + 0:d}") for end in ("low", "high")
-    )
+    low, high = (about.cite(*path, end, form=lambda value: f"{round(value) + 0:d}") for end in ("low", "high"))
     return f"(95 % interval {low} to {high} %, n = {about.cite('n_requests')})"
 
 
@@ -213,8 +211,8 @@ def _travel(about: Telling) -> None:
     )
     identity = mostly_identity(about.estimate(*c), about.estimate(*rest))
     about.say(
-        f"From there to the end the stream is {'nearly' if identity else 'not'} an identity propagator: in J = c I + R, "
-        f"c is {about.two(*c, 'value')}, and R is {about.two(*rest, 'value')} of the Jacobian's length "
+        f"From there to the end the stream is {'nearly' if identity else 'not'} an identity propagator: in J = c I + "
+        f"R, c is {about.two(*c, 'value')}, and R is {about.two(*rest, 'value')} of the Jacobian's length "
         f"{about.interval(*rest)}.",
         at="identity",
     )

@@ -226,7 +226,13 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"marked": marked, "cell": cell, "prose": prose, "capitalised": capitalised, "shortened": shortened}
+    environment.filters |= {
+        "marked": marked,
+        "cell": cell,
+        "prose": prose,
+        "capitalised": capitalised,
+        "shortened": shortened,
+    }
     environment.globals |= {"numeric": numeric}
     return environment
 

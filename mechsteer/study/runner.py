@@ -285,7 +285,9 @@ def _write(study: Study, chapters: Sequence[Chapter]) -> Study:
     again = commands(study.settings, study.folder)
     failures = {section.chapter.name: section.failure for section in sections if section.failure is not None}
     shown = Study(study.folder, study.settings, study.model, study.chapters, failures)
-    page = render(study.settings, study.model, sections, answers=shown.answers, folder=str(study.folder), commands=again)
+    page = render(
+        study.settings, study.model, sections, answers=shown.answers, folder=str(study.folder), commands=again
+    )
     folders.write(study.report, page)
     about = {
         "settings": study.settings.model_dump(mode="json"),

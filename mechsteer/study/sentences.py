@@ -65,7 +65,7 @@ class Sentence:
         text, shown, at = prose(self.text), [], 0
         for part in self.parts:
             cited = part if isinstance(part, Cited) else None
-            end = at + len(part if cited is None else cited.text)
+            end = at + len(part.text if isinstance(part, Cited) else part)
             shown.append((text[at:end], cited))
             at = end
         return tuple(shown)

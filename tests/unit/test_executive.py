@@ -63,7 +63,8 @@ def known() -> dict[str, dict[str, Any]]:
             "picked": {"layer": 2, "alpha": 1.5, "edge": True}, "judged": 3.0, "shown": "are about cats",
             "closed": {"pushed": est(0.62, 0.5, 0.71)}, "closed_by_random": est(-0.13),
             "ce": {"pushed": est(0.77)},
-            "shows": {WITH: est(0.942), "pushed": est(0.4), "pushed, strength chosen by the judge": est(0.88, 0.6, 0.97)},
+            "shows": {WITH: est(0.942), "pushed": est(0.4),
+                      "pushed, strength chosen by the judge": est(0.88, 0.6, 0.97)},
         },
         "strength": {
             "works": True, "judged": True, "shown": "are about cats", "picked": "after block 4", "alpha": 2.59,
@@ -74,7 +75,8 @@ def known() -> dict[str, dict[str, Any]]:
         },
         "features": {
             "feature": 766, "promotes": "Cats, cats", "chosen": {"clamped, times": 2.0, "added, times": 1.0},
-            "mediation": {"needed": {"feature 766": est(0.03, -0.04, 0.09)}, "enough": {"feature 766": est(0.69, 0.6, 0.8)}},
+            "mediation": {"needed": {"feature 766": est(0.03, -0.04, 0.09)},
+                          "enough": {"feature 766": est(0.69, 0.6, 0.8)}},
             "shows": {"clamped, times 2": est(0.79, 0.6, 0.9), "searched prefix that raises it": est(0.47, 0.2, 0.7),
                       "searched prefix that raises it, held back": est(0.34)},
             "closed": {}, "rise": {"clamped, times 2": est(1.44, 0.96, 2.21)}, "shown": "are about cats",
@@ -124,7 +126,7 @@ def check(answers: tuple[Answer, ...], summaries: dict[str, Any]) -> int:
                 assert number is not None, cited
                 shown = float(number[1])
                 digits = len(number[1].partition("e")[0].partition(".")[2])
-                half = 0.5 * 10.0 ** -digits * 10 ** int(number[1].partition("e")[2] or 0)
+                half = 0.5 * 10.0**-digits * 10 ** int(number[1].partition("e")[2] or 0)
                 scales = [1, 100] if digits == 0 else [1]  # percent is of a share, or of percent already
                 assert any(abs(shown - scale * value) <= half * 1.001 for scale in scales), cited
             rest = "".join(part for part in sentence.parts if isinstance(part, str))

@@ -95,7 +95,10 @@ def _summary(case: Case, data: xr.Dataset) -> dict[str, Any]:
 def show(findings: Findings) -> list[Block]:
     summary, data = findings.summary, findings.results["behaviour"].data
     judged = [source("behaviour", "shows")] if summary["shows"] else []
-    blocks: list[Block] = [Paragraph(_headline(summary)), Cards(_cards(summary), sources=[source("behaviour", "cards"), *judged])]
+    blocks: list[Block] = [
+        Paragraph(_headline(summary)),
+        Cards(_cards(summary), sources=[source("behaviour", "cards"), *judged]),
+    ]
     if summary["judge"] is None:
         blocks.append(Paragraph(NO_JUDGE))
     blocks.append(

@@ -149,8 +149,8 @@ def _counted(summary: dict[str, Any] | Any, name: str) -> str:
 
 def _heads(summary: dict[str, Any] | Any) -> Table:
     rows = [
-        (head["name"], f"{head['share']:.0f} %", f"{head['low']:.0f} to {head['high']:.0f}", f"{head['lost']:.0f} %",
-         f"{100 * head['attention_to_prefix']:.0f} %")
+        (head["name"], f"{head['share']:.0f} %", f"{head['low']:.0f} to {head['high']:.0f}",
+         f"{round(head['lost']) + 0} %", f"{100 * head['attention_to_prefix']:.0f} %")
         for head in summary["heads"]
     ]  # fmt: skip
     header = ("head", "brings back", "95 % interval", "taken away, costs", "attention to the prefix")
@@ -182,7 +182,11 @@ def _moved(findings: Findings) -> list[Block]:
         for row in (data.isel(prompt=place) for place in range(data.sizes["prompt"]))
     ]
     columns = Columns(
-        ("request", *CONDITIONS.values()), rows, "Greedy completions of held-out requests.", summary["words"], 3,
+        ("request", *CONDITIONS.values()),
+        rows,
+        "Greedy completions of held-out requests.",
+        summary["words"],
+        3,
         sources=[source("entry", "moved")],
     )
     return [Heading("Moving it"), Paragraph(text), columns]

@@ -68,7 +68,11 @@ def show(findings: Findings) -> list[Block]:
         ),
         Heading("The feature as a push"),
         Paragraph(_push(summary)),
-        *([Figure(_curve(summary, "shows"), _shown_caption(summary), sources=[codes["curve"]])] if summary["shows"] else []),
+        *(
+            [Figure(_curve(summary, "shows"), _shown_caption(summary), sources=[codes["curve"]])]
+            if summary["shows"]
+            else []
+        ),
         Figure(
             _curve(summary, "rise"),
             "Side effect: rise of the cross entropy of what the model says by itself, with 95 % intervals over "

@@ -60,7 +60,10 @@ def show(findings: Findings) -> list[Block]:
             shown=4,
             sources=[codes["completions"]],
         ),
-        Details("How this was measured, and the other layers", [Paragraph(_method(summary)), replace(_table(summary), sources=[codes["chosen"]])]),
+        Details(
+            "How this was measured, and the other layers",
+            [Paragraph(_method(summary)), replace(_table(summary), sources=[codes["chosen"]])],
+        ),
     ]
 
 

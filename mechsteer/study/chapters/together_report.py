@@ -55,7 +55,11 @@ def show(findings: Findings) -> list[Block]:
         ),
         Details(
             "How this was made and measured, and what was tried",
-            [Paragraph(_method(summary)), replace(_intervals(summary, order), sources=[codes["pushes"]]), *_tried(summary)],
+            [
+                Paragraph(_method(summary)),
+                replace(_intervals(summary, order), sources=[codes["pushes"]]),
+                *_tried(summary),
+            ],
         ),
     ]  # fmt: skip
 

@@ -42,8 +42,8 @@ def show(findings: Findings) -> list[Block]:
                 layers, "before layer", "gap moved", "Share of the gap's change", percent=True,
             ),
             "What the prefix adds to the stream at the fork before one layer, put there in runs without the prefix: "
-            "how much of the logit gap's whole change that brings about, and how much two linear predictions say. Bands "
-            f"are 95 % intervals over {summary['n']} held-out requests.",
+            "how much of the logit gap's whole change that brings about, and how much two linear predictions say. "
+            f"Bands are 95 % intervals over {summary['n']} held-out requests.",
             sources=[codes["pushes"], codes["predicted"]],
         ),
         Figure(
@@ -119,7 +119,10 @@ def show(findings: Findings) -> list[Block]:
             "search on are longest.",
             sources=[codes["rank"]],
         ),
-        Details("How this was measured, and numbers", [Paragraph(_method(summary)), replace(_table(summary), sources=[codes["cards"]])]),
+        Details(
+            "How this was measured, and numbers",
+            [Paragraph(_method(summary)), replace(_table(summary), sources=[codes["cards"]])],
+        ),
     ]  # fmt: skip
 
 
@@ -142,8 +145,8 @@ def headline(summary: Mapping[str, Any] | Any) -> str:
         brings += " Nowhere is it half: the rest reaches that token in the last block."
     c = Estimate.of(summary["identity"]["c"]["end"][at])
     return (
-        f"{brings} {said} From there to the end the stream is {'nearly' if mostly_identity(c, rest) else 'not'} an identity propagator: "
-        f"J = c I + R with c = {c}, and the rest R is {two(rest.value)} of the Jacobian "
+        f"{brings} {said} From there to the end the stream is {'nearly' if mostly_identity(c, rest) else 'not'} an "
+        f"identity propagator: J = c I + R with c = {c}, and the rest R is {two(rest.value)} of the Jacobian "
         f"({rest.interval})."
     )
 

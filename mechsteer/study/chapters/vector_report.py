@@ -32,8 +32,8 @@ _CAPTION = (
 
 
 _LINES = (
-    "Left, the length of each kind of vector after each block; right, how alike two kinds point. Both on the requests to "
-    "search on."
+    "Left, the length of each kind of vector after each block; right, how alike two kinds point. Both on the requests "
+    "to search on."
 )
 
 
@@ -51,12 +51,19 @@ def show(findings: Findings) -> list[Block]:
         Figure(
             _maps(data["grid"], summary["picked"]),
             "How far each vector at each layer and strength moves the cross entropy of the reference completions "
-            "towards that with the prefix, in nats a token, on the requests to search on. The dot marks what was picked.",
+            "towards that with the prefix, in nats a token, on the requests to search on. The dot marks what was "
+            "picked.",
             sources=[codes["grid"]],
         ),
-        *([Figure(_shares(data["curve"], summary), _CAPTION, sources=[codes["completions"]])] if summary["shows"] else []),
+        *(
+            [Figure(_shares(data["curve"], summary), _CAPTION, sources=[codes["completions"]])]
+            if summary["shows"]
+            else []
+        ),
         Figure(
-            _curves(data["curve"], summary), _CAPTION + " Here requests count alike, whatever their length.", height=460,
+            _curves(data["curve"], summary),
+            _CAPTION + " Here requests count alike, whatever their length.",
+            height=460,
             sources=[codes["curve"]],
         ),
         Columns(

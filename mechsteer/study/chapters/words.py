@@ -10,12 +10,11 @@ from jaxtyping import Float
 
 from mechsteer.interventions import SoftPrefix
 from mechsteer.model import load_model
-from mechsteer.prefix import Constraints, MatchedPrefix, evaluate_prefixes, search_prefix
+from mechsteer.prefix import MatchedPrefix, evaluate_prefixes, search_prefix
 from mechsteer.prefix.candidates import CandidateLosses
 from mechsteer.prefix.evaluation import Prefix
 from mechsteer.prefix.layer_sweep import match_layers
 from mechsteer.prefix.match import beam_evaluations
-from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
 from mechsteer.study.case import Case, completion_ids
 from mechsteer.study.chapter import Chapter, Findings
@@ -205,8 +204,9 @@ def layer_words(case: Case) -> Result:
     return match_layers(
         case.model, slotted[rows], reference, layers=layers, held_out=range(n, len(rows)), plain=case.plain[rows],
         judge=case.judge, soft_steps=LAYER_STEPS, n_restarts=1, beam=LAYER_WIDTH, top_k=LAYER_TOP_K,
-        evaluations=beam_evaluations(size, beam=LAYER_WIDTH, top_k=LAYER_TOP_K) + LAYER_EVALUATIONS, constraints=constraints(case),
-        max_new_tokens=case.max_new_tokens, seed=case.settings.seed, progress=False, tell=tell,
+        evaluations=beam_evaluations(size, beam=LAYER_WIDTH, top_k=LAYER_TOP_K) + LAYER_EVALUATIONS,
+        constraints=constraints(case), max_new_tokens=case.max_new_tokens, seed=case.settings.seed, progress=False,
+        tell=tell,
     )  # fmt: skip
 
 

@@ -35,9 +35,7 @@ def show(findings: Findings) -> list[Block]:
     """Draws the findings of `mechsteer.study.chapters.words.measure`."""
     summary, results = findings.summary, findings.results
     held, parts = results["held_out"].data, results["tokens"].data
-    codes = {
-        name: source("words", name) for name in ("cards", "search", "table", "completions", "tokens", "layers")
-    }
+    codes = {name: source("words", name) for name in ("cards", "search", "table", "completions", "tokens", "layers")}
     return [
         Paragraph(headline(summary)),
         Cards(_cards(summary), sources=[codes["cards"], codes["search"]]),
@@ -55,7 +53,9 @@ def show(findings: Findings) -> list[Block]:
         ),
         Heading("The way there"),
         Paragraph(_way(summary)),
-        Figure(_search(results["search"].data, summary), _search_caption(summary), height=440, sources=[codes["search"]]),
+        Figure(
+            _search(results["search"].data, summary), _search_caption(summary), height=440, sources=[codes["search"]]
+        ),
         Figure(_stages(summary), _stages_caption(summary), height=420, sources=[codes["table"]]),
         Heading("On held-out requests"),
         Paragraph(_equal(summary)),
@@ -83,7 +83,10 @@ def show(findings: Findings) -> list[Block]:
         ),
         replace(_continuations(results["layers"].data, summary), sources=[codes["layers"]]),
         *([Heading(f"On {summary['transfer']['model']}"), *_transfer(summary)] if summary["transfer"] else []),
-        Details("How this was measured, and more measures", [Paragraph(_method(summary)), replace(_matches(summary), sources=[codes["table"]])]),
+        Details(
+            "How this was measured, and more measures",
+            [Paragraph(_method(summary)), replace(_matches(summary), sources=[codes["table"]])],
+        ),
     ]
 
 
