@@ -110,6 +110,9 @@ def study(
     )
     if not quiet:
         _print_headline(console, done.headline())
+        summary = Text(f"\n{done.summary_text}\n")
+        summary.highlight_words([answer.question for answer in done.answers], "bold")
+        console.print(summary, soft_wrap=True)
     for name, reason in done.failures.items():
         Console(stderr=True).print(Text.assemble((f"{name}: ", "bold red"), reason), soft_wrap=True)
     console.print(Text.assemble("report: ", (str(done.report), "bold")), soft_wrap=True)

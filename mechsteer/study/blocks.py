@@ -14,6 +14,45 @@ Cell = str | int | float | None
 
 
 @dataclass(frozen=True)
+class Source:
+    """How numbers of a block are made again: two pieces of Python that end in the same numbers.
+
+    Attributes:
+        name: of the place in the report, within its chapter: letters, digits, "_" and "-".
+        title: which numbers.
+        load: reads them; `study` is the loaded study.
+        measure: measures them anew; `study` is the loaded study, `case` is `study.case()`.
+    """
+
+    name: str
+    title: str
+    load: str
+    measure: str
+
+    def loading(self, folder: str) -> str:
+        """Lines that read the numbers in a fresh interpreter."""
+        return _program(folder, self.load)
+
+    def measuring(self, folder: str) -> str:
+        """Lines that measure them in a fresh interpreter."""
+        return _program(folder, self.measure, "case = study.case()")
+
+
+def _program(folder: str, code: str, *setup: str) -> str:
+    """Imports, the study, and the code."""
+    head, _, body = code.partition("\n\n") if code.startswith(("from ", "import ")) else ("", "", code)
+    while body.startswith(("from ", "import ")):  # the standard library's and others' come in two paragraphs
+        more, _, body = body.partition("\n\n")
+        head = f"{head}\n\n{more}"
+    imports = f"{head}\nfrom mechsteer.study import load" if head else "from mechsteer.study import load"
+    return "\n".join([imports, "", f"study = load({folder!r})", *setup, body])
+
+
+def _sources() -> Any:
+    return field(default=(), kw_only=True, repr=False)
+
+
+@dataclass(frozen=True)
 class Paragraph:
     """Sentences. The first one of a chapter says what came out: it also stands at the head of the report."""
 
@@ -35,6 +74,7 @@ class Cards:
     """
 
     cards: Sequence[tuple[str, str, str]]
+    sources: Sequence[Source] = _sources()
 
 
 @dataclass(frozen=True)
@@ -48,6 +88,7 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
+    sources: Sequence[Source] = _sources()
 
     def __post_init__(self) -> None:
         _check_rows(self.header, self.rows, "Table")
@@ -72,6 +113,7 @@ class Columns:
     caption: str = ""
     words: Sequence[str] = ()
     shown: int = 6
+    sources: Sequence[Source] = _sources()
 
     def __post_init__(self) -> None:
         _check_rows(self.header, self.rows, "Columns")
@@ -89,6 +131,7 @@ class Figure:
     figure: Any = field(repr=False)
     caption: str = ""
     height: int | None = None
+    sources: Sequence[Source] = _sources()
 
 
 @dataclass(frozen=True)
@@ -98,6 +141,7 @@ class View:
     view: Any = field(repr=False)
     caption: str = ""
     height: int | None = None
+    sources: Sequence[Source] = _sources()
 
 
 @dataclass(frozen=True)

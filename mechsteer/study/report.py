@@ -20,6 +20,8 @@ from mechsteer.activations import ModelId
 from mechsteer.plots import DARK, LIGHT, bundle
 from mechsteer.study.blocks import Block, Cards, Cell, Details, Figure, Paragraph, View
 from mechsteer.study.chapter import Chapter, Finished
+from mechsteer.study.executive import QUESTIONS, Answer
+from mechsteer.study.sentences import Sentence, prose
 from mechsteer.study.settings import Settings
 
 _FOLDER = Path(__file__).parent / "page"
@@ -71,7 +73,15 @@ def headline(sections: Sequence[Section]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def render(settings: Settings, model: ModelId, sections: Sequence[Section], *, commands: Mapping[str, str]) -> str:
+def render(
+    settings: Settings,
+    model: ModelId,
+    sections: Sequence[Section],
+    *,
+    commands: Mapping[str, str],
+    answers: Sequence[Answer] = (),
+    folder: str = "",
+) -> str:
     """The report as HTML.
 
     Args:
@@ -79,6 +89,8 @@ def render(settings: Settings, model: ModelId, sections: Sequence[Section], *, c
         model: name and hash of the weights.
         sections: its chapters, in order.
         commands: how to make it again: "shell" and "python".
+        answers: the executive summary; chapters that have no part in it stand behind it with their first paragraph.
+        folder: of the study, for code that loads it.
     """
     figures: dict[int, str] = {}
     numbers = count()
@@ -87,6 +99,13 @@ def render(settings: Settings, model: ModelId, sections: Sequence[Section], *, c
         number = next(numbers)
         figures[number] = safe_json(block.figure)
         return number
+
+    anchors = {section.chapter.name: _anchors(section) for section in sections}
+    known = {*anchors, *(anchor for each in anchors.values() for anchor in each.values())}
+    answering = {name for parts in QUESTIONS.values() for name in parts} if answers else set()
+
+    def link(sentence: Sentence) -> str | None:
+        return next((each for each in (sentence.link, sentence.chapter) if each in known), None)
 
     finished = [section.finished for section in sections if section.finished is not None]
     kinds = {type(block) for section in sections for block in _flat(section.blocks)}
@@ -98,6 +117,13 @@ def render(settings: Settings, model: ModelId, sections: Sequence[Section], *, c
             model=model,
             sections=sections,
             commands=commands,
+            answers=answers,
+            others=[section for section in sections if section.chapter.name not in answering],
+            places={section.chapter.name: number for number, section in enumerate(sections, start=1)},
+            titles={section.chapter.name: section.chapter.title for section in sections},
+            link=link,
+            anchor=lambda block: next((each[id(block)] for each in anchors.values() if id(block) in each), None),
+            folder=folder,
             counts={split: len(settings.split(split)) for split in ("search", "held-out")},
             date=max((each.date for each in finished), default=""),
             seconds=sum(each.seconds for each in finished),
@@ -119,6 +145,16 @@ def render(settings: Settings, model: ModelId, sections: Sequence[Section], *, c
     return html.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def _anchors(section: Section) -> dict[int, str]:
+    """The name of each block that has sources, by the block's id: that of its first source, which the first figure or
+    table with it has, and the cards only where none has it."""
+    blocks = [block for block in _flat(section.blocks) if getattr(block, "sources", ())]
+    found: dict[str, int] = {}
+    for block in sorted(blocks, key=lambda block: isinstance(block, Cards)):
+        found.setdefault(block.sources[0].name, id(block))  # type: ignore[union-attr]
+    return {block: f"{section.chapter.name}-{name}" for name, block in found.items()}
+
+
 def _least_width(block: Figure) -> int:
     """Below this many pixels a figure scrolls in its own box: small multiples cannot be squeezed onto a phone."""
     layout = block.figure.to_dict()["layout"]
@@ -129,7 +165,16 @@ def _least_width(block: Figure) -> int:
 def safe_json(value: Any) -> Markup:
     """JSON (of a plotly figure, or of plain values) that can stand inside a <script> element."""
     plain = value.to_dict() if hasattr(value, "to_dict") else value
-    return Markup(json.dumps(plain, cls=PlotlyJSONEncoder).translate(_UNSAFE))
+    return Markup(json.dumps(_rounded(plain), cls=PlotlyJSONEncoder).translate(_UNSAFE))
+
+
+def _rounded(value: Any) -> Any:
+    """The same with six digits of each float: more than any screen shows, and half as long."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def marked(text: str, words: Sequence[str]) -> Markup:
@@ -144,9 +189,14 @@ def marked(text: str, words: Sequence[str]) -> Markup:
     )
 
 
-def prose(text: str) -> str:
-    """Text in which "95 %" and "n = 18" stay on one line."""
-    return re.sub(r"(?<=\d) (?=%)|(?<=\bn) (?== \d)|(?<=\bn =) (?=\d)", "\u00a0", text)
+def capitalised(text: str) -> str:
+    """With a capital first letter, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def shortened(text: str) -> str:
+    """The first sentence of a caption, as a name for what it stands under."""
+    return text.split(". ")[0].removesuffix(".")
 
 
 def cell(value: Cell) -> str:
@@ -176,7 +226,13 @@ def _environment() -> Environment:
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"marked": marked, "cell": cell, "prose": prose}
+    environment.filters |= {
+        "marked": marked,
+        "cell": cell,
+        "prose": prose,
+        "capitalised": capitalised,
+        "shortened": shortened,
+    }
     environment.globals |= {"numeric": numeric}
     return environment
 

@@ -22,9 +22,10 @@ from mechsteer.model import Model, load_model
 from mechsteer.result import Result
 from mechsteer.study import folder as folders
 from mechsteer.study.case import Case
-from mechsteer.study.chapter import Chapter, Finished, keep, kept, tidy
+from mechsteer.study.chapter import Chapter, Findings, Finished, keep, kept, tidy
 from mechsteer.study.chapters import NAMES
 from mechsteer.study.chapters import chapters as shipped_chapters
+from mechsteer.study.executive import Answer, as_text, executive
 from mechsteer.study.log import Log
 from mechsteer.study.report import Section, headline, render
 from mechsteer.study.requests import shipped
@@ -63,6 +64,36 @@ class Study:
     def summary(self) -> dict[str, Any]:
         """What `summary.json` holds."""
         return read_json(self.folder / "summary.json")
+
+    @property
+    def findings(self) -> dict[str, Findings]:
+        """The findings of the finished chapters, by name."""
+        return {name: chapter.findings for name, chapter in self.chapters.items()}
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """The executive summary: each question of the study with its answer, computed from the findings."""
+        return executive(self.findings, self.failures)
+
+    @property
+    def summary_text(self) -> str:
+        """The executive summary as plain text, in lines of at most 100 characters."""
+        return as_text(self.answers)
+
+    def case(self) -> Case:
+        """The model, requests and options of the study, to measure something again or something else: the model is
+        loaded, and completions are generated when they are asked for.
+
+        Raises:
+            MechsteerError: the model cannot be loaded, or has other weights than the study was made with.
+        """
+        case = Case.of(self.settings)
+        if case.model.id.hash != self.model.hash:
+            raise MechsteerError(
+                f"{self.settings.model} now has the weights {case.model.id.hash[:12]}, and this study was made with "
+                f"{self.model.hash[:12]}. Load those, and call Case.of(study.settings, model=...)."
+            )
+        return case
 
     def headline(self) -> list[tuple[str, str, str, str]]:
         """The numbers to read first: (chapter, label, value, note)."""
@@ -269,8 +300,12 @@ def _write(study: Study, chapters: Sequence[Chapter]) -> Study:
     """Write the report and the summary anew. Chapters that cannot be shown join the failures."""
     sections = _sections(study, chapters)
     again = commands(study.settings, study.folder)
-    folders.write(study.report, render(study.settings, study.model, sections, commands=again))
     failures = {section.chapter.name: section.failure for section in sections if section.failure is not None}
+    shown = Study(study.folder, study.settings, study.model, study.chapters, failures)
+    page = render(
+        study.settings, study.model, sections, answers=shown.answers, folder=str(study.folder), commands=again
+    )
+    folders.write(study.report, page)
     about = {
         "settings": study.settings.model_dump(mode="json"),
         "model": dict(study.model._asdict()),
@@ -282,10 +317,14 @@ def _write(study: Study, chapters: Sequence[Chapter]) -> Study:
         },
         "failures": failures,
         "headline": headline(sections),
+        "answers": [
+            {"question": each.question, "sentences": [sentence.as_json for sentence in each.sentences]}
+            for each in shown.answers
+        ],
         "versions": {"mechsteer": version("mechsteer"), "torch": torch.__version__},
     }
     folders.write_json(study.folder / "summary.json", stamp("study-summary", 1) | about)
-    return Study(study.folder, study.settings, study.model, study.chapters, failures)
+    return shown
 
 
 def commands(settings: Settings, folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Parag
 from mechsteer.study.case import Case
 from mechsteer.study.chapter import Chapter, Findings
 from mechsteer.study.measures import Estimate, cross_entropy, ratio, share, weights
+from mechsteer.study.sources import source
 
 WITH, WITHOUT, CONTRAST = "with the prefix", "without it", "with the contrast"
 COLOURS = {WITH: PALETTE[0], WITHOUT: "#8a929a", CONTRAST: PALETTE[1]}
@@ -93,7 +94,11 @@ def _summary(case: Case, data: xr.Dataset) -> dict[str, Any]:
 
 def show(findings: Findings) -> list[Block]:
     summary, data = findings.summary, findings.results["behaviour"].data
-    blocks: list[Block] = [Paragraph(_headline(summary)), Cards(_cards(summary))]
+    judged = [source("behaviour", "shows")] if summary["shows"] else []
+    blocks: list[Block] = [
+        Paragraph(_headline(summary)),
+        Cards(_cards(summary), sources=[source("behaviour", "cards"), *judged]),
+    ]
     if summary["judge"] is None:
         blocks.append(Paragraph(NO_JUDGE))
     blocks.append(
@@ -103,6 +108,7 @@ def show(findings: Findings) -> list[Block]:
             caption=f"Greedy completions of at most {summary['max_new_tokens']} tokens, held-out requests first."
             + (" Words of the behaviour are marked." if summary["words"] else ""),
             words=summary["words"],
+            sources=[source("behaviour", "completions")],
         )
     )
     blocks.append(
@@ -111,11 +117,12 @@ def show(findings: Findings) -> list[Block]:
             "Cross entropy of the completion that the model gives with the prefix, with and without the prefix before "
             "it. The further apart, the more of that completion is the prefix's doing.",
             height=150 + 22 * data.sizes["prompt"],
+            sources=[source("behaviour", "ce")],
         )
     )
     if summary["shows"]:
         caption = f"Share of completions that {summary['judge']['shown']}, with 95 % intervals."  # pyright: ignore
-        blocks.append(Figure(_bars(summary["shows"]), caption, height=320))
+        blocks.append(Figure(_bars(summary["shows"]), caption, height=320, sources=judged))
     blocks.append(Details("How this was measured, and all numbers", [Paragraph(_method(summary)), _table(summary)]))
     return blocks
 
@@ -185,7 +192,7 @@ def _table(summary: Mapping[str, Any]) -> Table:
                 found = Estimate.of(summary["shows"][half][name])
                 row += [f"{100 * found.value:.0f} %", f"{100 * found.low:.0f} to {100 * found.high:.0f} %"]
             rows.append(row)
-    return Table(header, rows)
+    return Table(header, rows, sources=[source("behaviour", "table")])
 
 
 def _rows(data: xr.Dataset) -> list[xr.Dataset]:

@@ -47,15 +47,14 @@ def measure(case: Case) -> Findings:
     `attribution` (first-order estimates beside exact effects), `attention` and `pattern` (of the strongest heads), and
     `moved` (completions after moving the one strongest place).
     """
-    rows = case.rows("search")[:MOST_REQUESTS]
     results: dict[str, Result] = {}
-    other, contrast = _contrast(case, rows, results)
-    clean, corrupt = (case.with_reference(each[rows], rows=rows, tokens=MOST_TOKENS) for each in (case.prefixed, other))
+    other, about = _contrast(case, results)
+    clean, corrupt = _pair(case, other)
     gap = float((cross_entropy(case.model, corrupt) - cross_entropy(case.model, clean)).mean())
     if not gap > 0.005:
         raise MechsteerError(
             f"What the model says with the prefix is {gap:.4f} nats a token likelier than with the contrast "
-            f"{contrast['text']!r} in its place: there is nothing to trace. Choose another prefix, or a --contrast."
+            f"{about['text']!r} in its place: there is nothing to trace. Choose another prefix, or a --contrast."
         )
     patch = {"measure": -CE, "model": case.model, "clean": clean, "corrupt": corrupt}
     exact: dict[str, Result] = {}
@@ -73,13 +72,30 @@ def measure(case: Case) -> Findings:
     results |= _attention(case, clean, heads)
     best = _best(results["sites"], clean)
     results["moved"] = _moved(case, other, best)
-    return Findings(results, _summary(case, contrast, gap, len(rows), results, heads, best))
+    return Findings(results, _summary(case, about, gap, len(clean), results, heads, best))
 
 
 # ---- the contrast ----
 
 
-def _contrast(case: Case, rows: Sequence[int], results: dict[str, Result]) -> tuple[Prompts, dict[str, Any]]:
+def runs(case: Case) -> tuple[Prompts, Prompts]:
+    """The prompts that are patched: requests to search on with the prefix, and with the contrast in its place, both
+    with the first tokens of the reference completions."""
+    return _pair(case, contrast(case))
+
+
+def contrast(case: Case) -> Prompts:
+    """All requests with the contrast in the prefix's place; where the user gave none, it is looked for."""
+    return _contrast(case, {})[0]
+
+
+def _pair(case: Case, other: Prompts) -> tuple[Prompts, Prompts]:
+    rows = case.rows("search")[:MOST_REQUESTS]
+    clean, corrupt = (case.with_reference(each[rows], rows=rows, tokens=MOST_TOKENS) for each in (case.prefixed, other))
+    return clean, corrupt
+
+
+def _contrast(case: Case, results: dict[str, Result]) -> tuple[Prompts, dict[str, Any]]:
     """The requests with as many other tokens in the prefix's place, and what they are.
 
     Without one that the user gave, it is one token repeated, of those that are tried the one under which the model says
@@ -87,6 +103,7 @@ def _contrast(case: Case, rows: Sequence[int], results: dict[str, Result]) -> tu
     Nanda 2024, "Towards best practices of activation patching").
     """
     model, n = case.model, int(case.prefixed.span("prefix").sum(1)[0])
+    rows = case.rows("search")[:MOST_REQUESTS]
     plain = case.unsteered[rows]
     said = {"tokens": plain.tokens, "mask": plain.span("completion")}
 

@@ -7,6 +7,7 @@ from mechsteer.result import Result
 from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Heading, Paragraph, Table, View
 from mechsteer.study.chapter import Findings
 from mechsteer.study.measures import Estimate
+from mechsteer.study.sources import source
 
 CONDITIONS = {
     "prefix": "with the prefix",
@@ -19,9 +20,11 @@ CONDITIONS = {
 def show(findings: Findings) -> list[Block]:
     """Draws the findings of `mechsteer.study.chapters.entry.measure`."""
     summary, results = findings.summary, findings.results
+    layer, head = summary["heads"][0]["name"].removeprefix("L").split("H")
+    attended = source("entry", "attention", layer=layer, head=head)
     blocks: list[Block] = [
         Paragraph(headline(summary)),
-        Cards(_cards(summary)),
+        Cards(_cards(summary), sources=[source("entry", "sites"), source("entry", "heads")]),
         Paragraph(_contrast(summary)),
         Heading("Layers and tokens"),
         Figure(
@@ -29,6 +32,7 @@ def show(findings: Findings) -> list[Block]:
             "Percent of the whole effect that returns when this one activation is taken from the run with the prefix. "
             "resid_pre is what enters a layer, attn_out and mlp_out what its two halves add. "
             + _counted(summary, "sites"),
+            sources=[source("entry", "sites")],
         ),
         Heading("Heads"),
         Figure(
@@ -36,15 +40,19 @@ def show(findings: Findings) -> list[Block]:
             "Denoising: percent of the effect that returns when the head's output (z, all tokens) is taken from the "
             "run with the prefix. Noising: percent that is lost when it is taken from the run with the contrast. "
             + _counted(summary, "heads"),
+            sources=[source("entry", "heads")],
         ),
         _heads(summary),
         Figure(
             results["attention"].plot("attention", title="Attention of the strongest heads", limit=1.0),
-            "Where the heads look from the tokens that predict the completion, mean over requests.",
+            "Where the heads look from the tokens that predict the completion, mean over "
+            f"{summary['n_requests']} requests: the share of a head's attention that goes to each place.",
+            sources=[attended],
         ),
         View(
             attention(results["pattern"], names=[head["name"] for head in summary["heads"]], causal=True),
             "Their whole patterns on the first request.",
+            sources=[attended],
         ),
     ]
     blocks += _moved(findings)
@@ -53,7 +61,9 @@ def show(findings: Findings) -> list[Block]:
         Paragraph(_attribution(summary)),
         Figure(
             results["attribution"].plot("exact", against="gradient", colour="map", title="Estimated and exact effects"),
-            "One point for each cell of the two maps above, percent of the whole effect, mean over requests.",
+            "One point for each cell of the two maps above, percent of the whole effect, mean over "
+            f"{summary['n_requests']} requests.",
+            sources=[source("entry", "attribution")],
         ),
         Details("How this was measured", [Paragraph(_method(summary)), *_fillers(results)]),
     ]
@@ -139,12 +149,17 @@ def _counted(summary: dict[str, Any] | Any, name: str) -> str:
 
 def _heads(summary: dict[str, Any] | Any) -> Table:
     rows = [
-        (head["name"], f"{head['share']:.0f} %", f"{head['low']:.0f} to {head['high']:.0f}", f"{head['lost']:.0f} %",
-         f"{100 * head['attention_to_prefix']:.0f} %")
+        (head["name"], f"{head['share']:.0f} %", f"{head['low']:.0f} to {head['high']:.0f}",
+         f"{round(head['lost']) + 0} %", f"{100 * head['attention_to_prefix']:.0f} %")
         for head in summary["heads"]
     ]  # fmt: skip
     header = ("head", "brings back", "95 % interval", "taken away, costs", "attention to the prefix")
-    return Table(header, rows, "The heads with the largest effects.")
+    return Table(
+        header,
+        rows,
+        f"The heads with the largest effects, mean over {summary['n_requests']} requests.",
+        sources=[source("entry", "heads")],
+    )
 
 
 def _moved(findings: Findings) -> list[Block]:
@@ -167,7 +182,12 @@ def _moved(findings: Findings) -> list[Block]:
         for row in (data.isel(prompt=place) for place in range(data.sizes["prompt"]))
     ]
     columns = Columns(
-        ("request", *CONDITIONS.values()), rows, "Greedy completions of held-out requests.", summary["words"], 3
+        ("request", *CONDITIONS.values()),
+        rows,
+        "Greedy completions of held-out requests.",
+        summary["words"],
+        3,
+        sources=[source("entry", "moved")],
     )
     return [Heading("Moving it"), Paragraph(text), columns]
 
@@ -202,4 +222,4 @@ def _fillers(results: dict[str, Result] | Any) -> list[Block]:
     data = results["fillers"].data.sortby("ce")
     rows = [(repr(str(token)), float(ce)) for token, ce in zip(data["token"].values, data["ce"].values, strict=True)]
     caption = "Fillers that were tried: cross entropy of what the model says without a prefix, in nats a token."
-    return [Table(("token, repeated", "cross entropy"), rows, caption)]
+    return [Table(("token, repeated", "cross entropy"), rows, caption, sources=[source("entry", "fillers")])]

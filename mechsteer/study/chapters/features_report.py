@@ -1,6 +1,7 @@
 """How the chapter "As features" is shown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from mechsteer.study.chapter import Findings
 from mechsteer.study.chapters.behaviour import WITH, WITHOUT
 from mechsteer.study.curves import estimate_lines
 from mechsteer.study.measures import Estimate, two
+from mechsteer.study.sources import source
 
 CLAMP, ADD = "clamped, times", "added, times"
 SOFT, HARD = "soft prefix that raises it", "searched prefix that raises it"
@@ -39,15 +41,20 @@ def show(findings: Findings) -> list[Block]:
     """Draws the findings of `mechsteer.study.chapters.features.measure`."""
     summary, results = findings.summary, findings.results
     on = results["tokens"].data
+    codes = {
+        name: source("features", name, feature=summary["feature"], times=f"{summary['chosen'][CLAMP]:g}")
+        for name in ("features", "mediation", "tokens", "curve", "prefixes")
+    }
     return [
         Paragraph(headline(summary)),
-        Cards(_cards(summary)),
+        Cards(_cards(summary), sources=[codes["mediation"], codes["curve"]]),
         Heading("Which features"),
         Paragraph(_autoencoder(summary)),
-        _features(results["features"].data),
+        replace(_features(results["features"].data), sources=[codes["features"]]),
         View(
             tokens([str(each) for each in on["token"].values], on["activation"].values),
             f"Feature {summary['feature']} on the first held-out request, with the prefix and its answer.",
+            sources=[codes["tokens"]],
         ),
         Heading("Whether they are why"),
         Paragraph(_why(summary)),
@@ -57,28 +64,38 @@ def show(findings: Findings) -> list[Block]:
             "% intervals. Needed: what goes when the features are held, token by token, at what they are without the "
             "prefix. Enough: what comes without the prefix when they are what they are with it.",
             height=340,
+            sources=[codes["mediation"]],
         ),
         Heading("The feature as a push"),
         Paragraph(_push(summary)),
-        *([Figure(_curve(summary, "shows"), _shown_caption(summary))] if summary["shows"] else []),
+        *(
+            [Figure(_curve(summary, "shows"), _shown_caption(summary), sources=[codes["curve"]])]
+            if summary["shows"]
+            else []
+        ),
         Figure(
             _curve(summary, "rise"),
             "Side effect: rise of the cross entropy of what the model says by itself, with 95 % intervals over "
             "held-out requests. The dotted line is the prefix.",
+            sources=[codes["curve"]],
         ),
         Heading("Prefixes that raise it"),
         Paragraph(_prefixes(summary)),
-        _table(summary, [name for name in summary["activation"] if not name.startswith((CLAMP, ADD))]),
+        replace(
+            _table(summary, [name for name in summary["activation"] if not name.startswith((CLAMP, ADD))]),
+            sources=[codes["prefixes"]],
+        ),
         Figure(
             _scatter(summary),
             "Each push on held-out requests: how active the feature is before anything is said, and "
             f"{_behaviour(summary)}. Bars are 95 % intervals. {_correlation(summary)}",
             height=440,
+            sources=[codes["prefixes"]],
         ),
-        _completions(findings),
+        replace(_completions(findings), sources=[codes["curve"]]),
         Details(
             "How this was measured, and all pushes",
-            [Paragraph(_method()), _table(summary, list(summary["activation"]))],
+            [Paragraph(_method()), replace(_table(summary, list(summary["activation"])), sources=[codes["prefixes"]])],
         ),
     ]
 
@@ -95,7 +112,7 @@ def headline(summary: Summary) -> str:
     why = "so that raising it is part of why" if back.high < free.low else "which does not show that raising it is why"
     return (
         f"The prefix raises feature {feature} most, which promotes {summary['promotes']}. The feature "
-        f"{_verdict(needed, enough)}: held where it is without the prefix, it takes away {needed.percent} of the "
+        f"{verdict(needed, enough)}: held where it is without the prefix, it takes away {needed.percent} of the "
         f"prefix's effect ({needed.percent_interval}); put where the prefix puts it, it brings {enough.percent} "
         f"({enough.percent_interval}). Clamped at {step:g} times its level, {_outcome(summary, f'{CLAMP} {step:g}')}, "
         f"at a cost of {cost} nats a token on what the model says by itself ({cost.interval}; the prefix {usual}). "
@@ -104,7 +121,8 @@ def headline(summary: Summary) -> str:
     )
 
 
-def _verdict(needed: Estimate, enough: Estimate) -> str:
+def verdict(needed: Estimate, enough: Estimate) -> str:
+    """What the two shares of a mediation say about a feature."""
     if needed.low > _SOME:
         return "is part of why the prefix works"
     if enough.low > _SOME and needed.high < _SOME:

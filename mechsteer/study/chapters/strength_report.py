@@ -1,6 +1,7 @@
 """How the chapter "How strong" is shown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,26 @@ from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Headi
 from mechsteer.study.chapter import Findings
 from mechsteer.study.curves import estimate_lines
 from mechsteer.study.measures import Estimate, two
+from mechsteer.study.sources import source
 
 
 def show(findings: Findings) -> list[Block]:
     """Draws the findings of `mechsteer.study.chapters.strength.measure`."""
     summary, results = findings.summary, findings.results
     held = results["held_out"].data
-    target = Figure(_target(summary), f"{_what(summary)} at each strength. {_fit(summary)}{_band_note(summary)}")
+    codes = {
+        name: source("strength", name, picked=summary["picked"], times=f"{summary['alpha']:.3g}")
+        for name in ("cards", "chosen", "target", "side", "completions")
+    }
+    target = Figure(
+        _target(summary),
+        f"{_what(summary)} at each strength, with 95 % intervals over {held.sizes['prompt']} requests. {_fit(summary)}"
+        f"{_band_note(summary)}",
+        sources=[codes["completions"] if summary["judged"] else codes["target"]],
+    )
     return [
         Paragraph(headline(summary)),
-        Cards(_cards(summary)),
+        Cards(_cards(summary), sources=[codes["cards"], codes["side"]]),
         Heading("Choosing it"),
         Paragraph(_choosing(summary)),
         Figure(
@@ -29,11 +40,12 @@ def show(findings: Findings) -> list[Block]:
             "Requests to search on. Points are exact, and curves go through them as the laws have it. The band holds "
             "the strengths that may be best, given the points.",
             height=420,
+            sources=[codes["chosen"]],
         ),
         Heading("On held-out requests"),
         Paragraph(_held_out(summary)),
         target,
-        Figure(_side(summary), _side_note(summary)),
+        Figure(_side(summary), _side_note(summary), sources=[codes["side"]]),
         Columns(
             ("request", *map(str, held["condition"].values)),
             [
@@ -46,8 +58,12 @@ def show(findings: Findings) -> list[Block]:
             ),
             words=summary["words"],
             shown=4,
+            sources=[codes["completions"]],
         ),
-        Details("How this was measured, and the other layers", [Paragraph(_method(summary)), _table(summary)]),
+        Details(
+            "How this was measured, and the other layers",
+            [Paragraph(_method(summary)), replace(_table(summary), sources=[codes["chosen"]])],
+        ),
     ]
 
 

@@ -1,6 +1,7 @@
 """How the chapter "Which pushes are the same" is shown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -9,6 +10,7 @@ from mechsteer.study.blocks import Block, Cards, Cell, Columns, Details, Figure,
 from mechsteer.study.chapter import Findings
 from mechsteer.study.curves import estimate_lines
 from mechsteer.study.measures import Estimate, two
+from mechsteer.study.sources import source
 
 REFERENCE, NOTHING = "reference prefix", "no push"
 # Requests whose completions are shown.
@@ -20,12 +22,15 @@ _AS_OFTEN = 0.9
 def show(findings: Findings) -> list[Block]:
     """Draws the findings of `mechsteer.study.chapters.together.measure`."""
     summary, held = findings.summary, findings.results["held_out"].data
-    order = _order(summary)
+    order = closest_first(summary)
     some = held.isel(prompt=slice(_SHOWN))
+    codes = {
+        name: source("together", name, layer=summary["layer"]) for name in ("table", "pushes", "states", "completions")
+    }
     return [
         Paragraph(headline(summary)),
-        Cards(_cards(summary)),
-        _table(summary, order),
+        Cards(_cards(summary), sources=[codes["pushes"]]),
+        replace(_table(summary, order), sources=[codes["table"], codes["pushes"]]),
         *[
             Paragraph(f"Left out: {name}. {why}")
             for name, why in summary["missing"].items()
@@ -36,6 +41,7 @@ def show(findings: Findings) -> list[Block]:
             _distances(summary, order),
             "The residual stream at the tokens that predict the reference completions: its distance from that with the "
             "prefix, in percent of its length there (root mean square), with 95 % intervals over held-out requests.",
+            sources=[codes["states"]],
         ),
         Paragraph(_patched(summary)),
         Heading("What is said"),
@@ -45,10 +51,15 @@ def show(findings: Findings) -> list[Block]:
             caption=f"Greedy completions of held-out requests, of at most {summary['max_new_tokens']} tokens.",
             words=summary["words"],
             shown=len(order),
+            sources=[codes["completions"]],
         ),
         Details(
             "How this was made and measured, and what was tried",
-            [Paragraph(_method(summary)), _intervals(summary, order), *_tried(summary)],
+            [
+                Paragraph(_method(summary)),
+                replace(_intervals(summary, order), sources=[codes["pushes"]]),
+                *_tried(summary),
+            ],
         ),
     ]  # fmt: skip
 
@@ -255,7 +266,9 @@ def _tried(summary: Mapping[str, Any] | Any) -> list[Block]:
         Table(
             ("setting", target, "rise of the model's own", "score"),
             [(each["setting"], each["target"], each["rise"], each["score"]) for each in tried],
-            f"{name[0].upper()}{name[1:]}: what was tried, on requests to search on.",
+            f"{name[0].upper()}{name[1:]}: what was tried, on requests to search on. The score is the target less "
+            f"{summary['weight']:g} for each nat a token of the rise.",
+            sources=[source("together", name.replace(" ", "_"))],
         )
         for name, tried in summary["tried"].items()
     ]
@@ -273,14 +286,14 @@ def _far(summary: Mapping[str, Any] | Any, name: str) -> Estimate:
     return Estimate.of(summary["pushes"][name]["distance"][summary["layer"]])
 
 
-def _order(summary: Mapping[str, Any] | Any) -> list[str]:
-    """All pushes, the closest to the prefix first."""
+def closest_first(summary: Mapping[str, Any] | Any) -> list[str]:
+    """All pushes: the prefix, then the others in the order of how close their predictions are to it."""
     return sorted(summary["pushes"], key=lambda name: (name != REFERENCE, _of(summary, name, "kl").value))
 
 
 def _made(summary: Mapping[str, Any] | Any) -> list[str]:
     """The pushes that are neither the prefix nor none."""
-    return [name for name in _order(summary) if name not in (REFERENCE, NOTHING)]
+    return [name for name in closest_first(summary) if name not in (REFERENCE, NOTHING)]
 
 
 def _verb(name: str, singular: str) -> str:

@@ -93,11 +93,12 @@ def measure(case: Case) -> Findings:
 
 def _deltas(model: Model, of: Forks) -> Float[Tensor, "layer prompt d_model"]:
     """What the prefix adds before each layer, at the fork."""
-    with_prefix, without = (_streams(model, prompts) for prompts in (of.prefixed, of.plain))
+    with_prefix, without = (streams(model, prompts) for prompts in (of.prefixed, of.plain))
     return with_prefix - without
 
 
-def _streams(model: Model, prompts: Prompts) -> Float[Tensor, "layer prompt d_model"]:
+def streams(model: Model, prompts: Prompts) -> Float[Tensor, "layer prompt d_model"]:
+    """The residual stream before each layer, at the last token of each prompt."""
     sites = [Site("resid_pre", layer) for layer in range(model.n_layers)]
     run = model.run(prompts, record=sites, logits="none")
     fork = run.prompts.at(-1)
@@ -108,7 +109,7 @@ def _pushes(
     case: Case, held: Forks, deltas: Mapping[str, Float[Tensor, "layer _ d_model"]], layers: Sequence[int]
 ) -> Result:
     model, own = case.model, deltas["held-out"]
-    plain = _streams(model, held.plain)
+    plain = streams(model, held.plain)
     generator = torch.Generator().manual_seed(case.settings.seed)
     drawn = torch.randn(own.shape, generator=generator, dtype=torch.float64).to(own)
     added = {
@@ -231,7 +232,7 @@ def _rank(
     generator = torch.Generator().manual_seed(case.settings.seed)
     drawn = torch.randn(basis.shape, generator=generator, dtype=torch.float64).to(basis)
     bases = {"found": basis, "random": torch.linalg.qr(drawn.T).Q.T}
-    plain = _streams(model, held.plain)[entry]
+    plain = streams(model, held.plain)[entry]
 
     def build(subspace: str, k: int) -> Replace:
         rows = bases[subspace][:k]

@@ -1,6 +1,7 @@
 """How the chapter "How it travels" is shown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -12,6 +13,7 @@ from mechsteer.study.blocks import Block, Cards, Details, Figure, Heading, Parag
 from mechsteer.study.chapter import Findings
 from mechsteer.study.curves import estimate_lines, named_lines
 from mechsteer.study.measures import Estimate, two
+from mechsteer.study.sources import source
 
 # Within this of c = 1 and rest = 0 a Jacobian is called nearly the identity.
 _MOSTLY = 0.5
@@ -20,10 +22,15 @@ _MOSTLY = 0.5
 def show(findings: Findings) -> list[Block]:
     """Draws the findings of `mechsteer.study.chapters.travel.measure`."""
     summary, results = findings.summary, findings.results
-    layers = summary["layers"]
+    layers, entry = summary["layers"], summary["entry"]
+    codes = {
+        name: source("travel", name, entry=entry, first=summary["dyson"][0]["layer"])
+        for name in ("cards", "pushes", "predicted", "regime", "identity", "gain", "dyson", "flow", "rank")
+    }
+    radius = [codes["regime"]] if entry in summary["regime"]["layers"] else []
     return [
         Paragraph(headline(summary)),
-        Cards(_cards(summary)),
+        Cards(_cards(summary), sources=[codes["cards"], codes["predicted"], codes["identity"]]),
         Paragraph(_fork(summary, results["pushes"].data)),
         Heading("Where the push is, and whether a gradient foretells it"),
         Paragraph(_linear(summary)),
@@ -35,11 +42,14 @@ def show(findings: Findings) -> list[Block]:
                 layers, "before layer", "gap moved", "Share of the gap's change", percent=True,
             ),
             "What the prefix adds to the stream at the fork before one layer, put there in runs without the prefix: "
-            "how much of the logit gap's whole change that brings about, and how much two linear predictions say.",
+            "how much of the logit gap's whole change that brings about, and how much two linear predictions say. "
+            f"Bands are 95 % intervals over {summary['n']} held-out requests.",
+            sources=[codes["pushes"], codes["predicted"]],
         ),
         Figure(
             _scatter(results["pushes"]),
             "The same for each request: predicted by the gradient against the truth, in logits. " + _requests(summary),
+            sources=[codes["predicted"]],
         ),
         Figure(
             _curves(
@@ -52,6 +62,7 @@ def show(findings: Findings) -> list[Block]:
             ).update_yaxes(type="log", dtick=1),
             "The length from which on the gradient's prediction of the gap is 10 % off, beside the length of the mean "
             "push. " + _regime(summary),
+            sources=radius,
         ),
         Heading("The identity"),
         Paragraph(_identity(summary)),
@@ -64,7 +75,8 @@ def show(findings: Findings) -> list[Block]:
                 layers, "from before layer", "", "From a layer to the end: c = 1 and rest = 0 is the identity",
             ),
             "The Jacobian of the residual stream at the fork, to the end of the last block (or of the layer's own, or "
-            "on through the final norm without its scale).",
+            f"on through the final norm without its scale). Mean over {summary['n_jacobians']} prompts.",
+            sources=[codes["identity"]],
         ),
         Figure(
             _curves(
@@ -73,13 +85,16 @@ def show(findings: Findings) -> list[Block]:
             ),
             "Root mean square gain of a random push through what attention or MLP adds to the stream at the fork. "
             + _largest(summary),
+            sources=[codes["gain"]],
         ),
         Heading("How many blocks act on it"),
         Paragraph(_orders(summary)),
         Figure(
             _series(results["dyson"].data),
             "Terms of the Dyson series of the prefix's own delta: order 0 is the push itself, order n what n blocks "
-            "made of it one after the other. All shares add up to 1; single ones can be negative or above 1.",
+            "made of it one after the other. All shares add up to 1; single ones can be negative or above 1. Mean over "
+            f"{summary['n_jacobians']} prompts.",
+            sources=[codes["dyson"]],
         ),
         Heading("From position to position"),
         Paragraph(_positions(summary)),
@@ -88,7 +103,8 @@ def show(findings: Findings) -> list[Block]:
                 "carried", title="Carried by attention to other tokens", limit=100.0
             ),
             "Of random pushes at a token of the prefix before a layer, the share of their squared length at the end "
-            "that stands at other tokens.",
+            f"that stands at other tokens, in percent; mean over {summary['n_jacobians']} prompts.",
+            sources=[codes["flow"]],
         ),
         Heading("How many directions"),
         Paragraph(_rank(summary)),
@@ -101,8 +117,12 @@ def show(findings: Findings) -> list[Block]:
             ),
             "The push of each held-out request, projected on the k directions along which those of the requests to "
             "search on are longest.",
+            sources=[codes["rank"]],
         ),
-        Details("How this was measured, and numbers", [Paragraph(_method(summary)), _table(summary)]),
+        Details(
+            "How this was measured, and numbers",
+            [Paragraph(_method(summary)), replace(_table(summary), sources=[codes["cards"]])],
+        ),
     ]  # fmt: skip
 
 
@@ -120,19 +140,24 @@ def headline(summary: Mapping[str, Any] | Any) -> str:
     if first > 0:
         brings += f" Before layer {first} nothing of the push is at that token: attention has to carry it there."
     said = f"The gradient there foretells {straight.percent}"
-    said += ": the push is beyond the linear regime." if _off(own, straight) else ", close to the truth."
+    said += ": the push is beyond the linear regime." if off(own, straight) else ", close to the truth."
     if own.value < 0.5:
         brings += " Nowhere is it half: the rest reaches that token in the last block."
     c = Estimate.of(summary["identity"]["c"]["end"][at])
-    near = rest.value < _MOSTLY and abs(c.value - 1) < _MOSTLY
     return (
-        f"{brings} {said} From there to the end the stream is {'nearly' if near else 'not'} an identity propagator: "
-        f"J = c I + R with c = {c}, and the rest R is {two(rest.value)} of the Jacobian "
+        f"{brings} {said} From there to the end the stream is {'nearly' if mostly_identity(c, rest) else 'not'} an "
+        f"identity propagator: J = c I + R with c = {c}, and the rest R is {two(rest.value)} of the Jacobian "
         f"({rest.interval})."
     )
 
 
-def _off(own: Estimate, straight: Estimate) -> bool:
+def mostly_identity(c: Estimate, rest: Estimate) -> bool:
+    """Whether a Jacobian c I + R is near the identity."""
+    return rest.value < _MOSTLY and abs(c.value - 1) < _MOSTLY
+
+
+def off(own: Estimate, straight: Estimate) -> bool:
+    """Whether a linear prediction misses the truth by more than a tenth of it."""
     return abs(straight.value - own.value) > 0.1 * abs(own.value)
 
 
@@ -167,7 +192,7 @@ def _linear(summary: Mapping[str, Any] | Any) -> str:
         for found in (summary["change"]["own"], summary["predicted"], summary["free"])
     )
     layers, entry = summary["layers"], summary["layers"].index(summary["entry"])
-    fits = [layer for layer, a, b in zip(layers, own, straight, strict=True) if a.value > 0.1 and not _off(a, b)]
+    fits = [layer for layer, a, b in zip(layers, own, straight, strict=True) if a.value > 0.1 and not off(a, b)]
     text = (
         f"Before layer {layers[entry]} the gradient foretells {straight[entry].percent} where the truth is "
         f"{own[entry].percent}, and a stream that hands on everything as it is would give {free[entry].percent}; "

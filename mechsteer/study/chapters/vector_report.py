@@ -1,6 +1,7 @@
 """What the chapter on vectors shows."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from mechsteer.study.blocks import Block, Cards, Cell, Columns, Details, Figure,
 from mechsteer.study.chapter import Findings
 from mechsteer.study.chapters.behaviour import WITH, WITHOUT, does_nothing
 from mechsteer.study.measures import Estimate, share, two
+from mechsteer.study.sources import source
 
 PUSHED, JUDGED = "pushed", "pushed, strength chosen by the judge"
 VECTORS = {
@@ -29,21 +31,40 @@ _CAPTION = (
 )
 
 
+_LINES = (
+    "Left, the length of each kind of vector after each block; right, how alike two kinds point. Both on the requests "
+    "to search on."
+)
+
+
 def show(findings: Findings) -> list[Block]:
     summary, data = findings.summary, {name: result.data for name, result in findings.results.items()}
     held, best = data["held_out"], best_of_each(data["grid"])
+    codes = {
+        name: source("vector", name, alpha=summary["picked"]["alpha"])
+        for name in ("cards", "grid", "curve", "completions", "vectors")
+    }
     return [
         Paragraph(headline(summary)),
-        Cards(_cards(summary)),
+        Cards(_cards(summary), sources=[codes["cards"]]),
         Paragraph(_more(summary)),
         Figure(
             _maps(data["grid"], summary["picked"]),
             "How far each vector at each layer and strength moves the cross entropy of the reference completions "
-            "towards that with the prefix, on the requests to search on. The dot marks what was picked.",
+            "towards that with the prefix, in nats a token, on the requests to search on. The dot marks what was "
+            "picked.",
+            sources=[codes["grid"]],
         ),
-        *([Figure(_shares(data["curve"], summary), _CAPTION)] if summary["shows"] else []),
+        *(
+            [Figure(_shares(data["curve"], summary), _CAPTION, sources=[codes["completions"]])]
+            if summary["shows"]
+            else []
+        ),
         Figure(
-            _curves(data["curve"], summary), _CAPTION + " Here requests count alike, whatever their length.", height=460
+            _curves(data["curve"], summary),
+            _CAPTION + " Here requests count alike, whatever their length.",
+            height=460,
+            sources=[codes["curve"]],
         ),
         Columns(
             ("request", *map(str, held["condition"].values)),
@@ -53,14 +74,15 @@ def show(findings: Findings) -> list[Block]:
             ],
             caption=f"Greedy completions of held-out requests, of at most {summary['max_new_tokens']} tokens.",
             words=summary["words"],
+            sources=[codes["completions"]],
         ),
         Details(
             "How this was measured, the three vectors, and all numbers",
             [
                 Paragraph(_method(summary)),
-                _table(summary),
-                _best_table(best),
-                Figure(_lines(data["vectors"]), height=340),
+                replace(_table(summary), sources=[codes["cards"]]),
+                replace(_best_table(best), sources=[codes["grid"]]),
+                Figure(_lines(data["vectors"]), _LINES, height=340, sources=[codes["vectors"]]),
             ],
         ),
     ]

@@ -10,12 +10,11 @@ from jaxtyping import Float
 
 from mechsteer.interventions import SoftPrefix
 from mechsteer.model import load_model
-from mechsteer.prefix import Constraints, MatchedPrefix, evaluate_prefixes, search_prefix
+from mechsteer.prefix import MatchedPrefix, evaluate_prefixes, search_prefix
 from mechsteer.prefix.candidates import CandidateLosses
 from mechsteer.prefix.evaluation import Prefix
 from mechsteer.prefix.layer_sweep import match_layers
 from mechsteer.prefix.match import beam_evaluations
-from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
 from mechsteer.study.case import Case, completion_ids
 from mechsteer.study.chapter import Chapter, Findings
@@ -78,7 +77,7 @@ def measure(case: Case) -> Findings:
         "search": Result(_search(match, alone.trajectory.data)),
         "held_out": table,
         "tokens": Result(_tokens(case, match.ids)),
-        "layers": _layers(case, case.slotted(size), reference, keep),
+        "layers": layer_words(case),
     }
     if model.name in _OTHER:
         other = load_model(_OTHER[model.name], device=str(model.device), dtype=model.dtype)
@@ -188,9 +187,12 @@ def _tokens(case: Case, ids: Sequence[int]) -> xr.Dataset:
     return xr.Dataset({"rise": ("token", rise)}, {"text": ("token", texts)})
 
 
-def _layers(case: Case, slotted: Prompts, reference: Sequence[int], keep: Constraints) -> Result:
-    """Words that bring about the states behind the first, the middle and the last block."""
+def layer_words(case: Case) -> Result:
+    """Words that bring about the states behind the first, the middle and the last block: `match_layers` on the first
+    requests to search on."""
+    reference = _reference(case)
     last, size = case.model.n_layers - 1, len(reference)
+    slotted = case.slotted(size)
     layers = list(dict.fromkeys([0, last // 2, last]))
     rows = [*case.rows("search")[:LAYERED], *case.rows("held-out")]
     n = len(rows) - len(case.rows("held-out"))
@@ -202,8 +204,9 @@ def _layers(case: Case, slotted: Prompts, reference: Sequence[int], keep: Constr
     return match_layers(
         case.model, slotted[rows], reference, layers=layers, held_out=range(n, len(rows)), plain=case.plain[rows],
         judge=case.judge, soft_steps=LAYER_STEPS, n_restarts=1, beam=LAYER_WIDTH, top_k=LAYER_TOP_K,
-        evaluations=beam_evaluations(size, beam=LAYER_WIDTH, top_k=LAYER_TOP_K) + LAYER_EVALUATIONS, constraints=keep,
-        max_new_tokens=case.max_new_tokens, seed=case.settings.seed, progress=False, tell=tell,
+        evaluations=beam_evaluations(size, beam=LAYER_WIDTH, top_k=LAYER_TOP_K) + LAYER_EVALUATIONS,
+        constraints=constraints(case), max_new_tokens=case.max_new_tokens, seed=case.settings.seed, progress=False,
+        tell=tell,
     )  # fmt: skip
 
 

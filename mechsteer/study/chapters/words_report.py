@@ -1,6 +1,7 @@
 """How the chapter "As other words" is shown."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mechsteer.study.chapter import Findings
 from mechsteer.study.chapters.behaviour import WITH
 from mechsteer.study.curves import estimate_lines
 from mechsteer.study.measures import Estimate, two
+from mechsteer.study.sources import source
 
 OURS, BEAM, NEAREST, SOFT, HOTFLIP, NOTHING = (
     "other words", "beam", "nearest tokens", "soft prefix", "HotFlip alone", "no prefix",
@@ -33,15 +35,17 @@ def show(findings: Findings) -> list[Block]:
     """Draws the findings of `mechsteer.study.chapters.words.measure`."""
     summary, results = findings.summary, findings.results
     held, parts = results["held_out"].data, results["tokens"].data
+    codes = {name: source("words", name) for name in ("cards", "search", "table", "completions", "tokens", "layers")}
     return [
         Paragraph(headline(summary)),
-        Cards(_cards(summary)),
+        Cards(_cards(summary), sources=[codes["cards"], codes["search"]]),
         *(
             [
                 View(
                     tokens([printable(str(each)) for each in parts["text"].values], parts["rise"].values),
                     "The other words, token by token. Blue: leaving this token out raises the held-out cross entropy, "
                     f"at most by {two(float(np.abs(parts['rise'].values).max()))} nats a token; red: it lowers it.",
+                    sources=[codes["tokens"]],
                 )
             ]
             if summary["size"] > 1
@@ -49,11 +53,13 @@ def show(findings: Findings) -> list[Block]:
         ),
         Heading("The way there"),
         Paragraph(_way(summary)),
-        Figure(_search(results["search"].data, summary), _search_caption(summary), height=440),
-        Figure(_stages(summary), _stages_caption(summary), height=420),
+        Figure(
+            _search(results["search"].data, summary), _search_caption(summary), height=440, sources=[codes["search"]]
+        ),
+        Figure(_stages(summary), _stages_caption(summary), height=420, sources=[codes["table"]]),
         Heading("On held-out requests"),
         Paragraph(_equal(summary)),
-        _table(summary, ROWS),
+        replace(_table(summary, ROWS), sources=[codes["table"]]),
         Columns(
             ("request", WITH, OURS, HOTFLIP),
             [
@@ -63,19 +69,24 @@ def show(findings: Findings) -> list[Block]:
             f"Greedy completions of held-out requests, of at most {summary['max_new_tokens']} tokens.",
             words=summary["words"],
             shown=4,
+            sources=[codes["completions"]],
         ),
         Heading("Layer by layer"),
         Paragraph(_by_layer(summary)),
-        _layers(summary),
+        replace(_layers(summary), sources=[codes["layers"]]),
         Figure(
             _explained(summary),
             "Share of the change that the prefix makes to the states behind a block, on held-out requests, that a "
             "prefix made for that block explains; bands are 95 % intervals. Without a prefix it is 0.",
             height=360,
+            sources=[codes["layers"]],
         ),
-        _continuations(results["layers"].data, summary),
+        replace(_continuations(results["layers"].data, summary), sources=[codes["layers"]]),
         *([Heading(f"On {summary['transfer']['model']}"), *_transfer(summary)] if summary["transfer"] else []),
-        Details("How this was measured, and more measures", [Paragraph(_method(summary)), _matches(summary)]),
+        Details(
+            "How this was measured, and more measures",
+            [Paragraph(_method(summary)), replace(_matches(summary), sources=[codes["table"]])],
+        ),
     ]
 
 
@@ -262,7 +273,8 @@ def _transfer(summary: Summary) -> list[Block]:
             f" Of the completions, {ours.percent} {summary['shown']} ({ours.percent_interval}); with the prefix "
             f"{own.percent}."
         )
-    return [Paragraph(text), _table({**summary, **moved}, [name for name in ROWS if name in moved["cross_entropy"]])]
+    table = _table({**summary, **moved}, [name for name in ROWS if name in moved["cross_entropy"]])
+    return [Paragraph(text), replace(table, sources=[source("words", "transfer", model=moved["model"])])]
 
 
 def _method(summary: Summary) -> str:

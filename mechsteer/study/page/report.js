@@ -87,9 +87,41 @@
   })();
 
   window.addEventListener("beforeprint", () => {
-    document.querySelectorAll("details").forEach((each) => (each.open = true));
+    document.querySelectorAll("details:not(.code)").forEach((each) => (each.open = true));
     plots.forEach(draw);
   });
+
+  // A link to something folded unfolds it.
+  function unfold() {
+    const target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    for (let each = target && target.closest("details"); each; each = each.parentElement.closest("details")) each.open = true;
+    if (target) target.scrollIntoView();
+  }
+  window.addEventListener("hashchange", unfold);
+
+  for (const code of document.querySelectorAll("pre")) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = "Copy";
+    const frame = document.createElement("div");
+    frame.className = "copied";
+    code.replaceWith(frame);
+    frame.append(code, button);
+    button.addEventListener("click", async () => {
+      const told = (text) => {
+        button.textContent = text;
+        setTimeout(() => (button.textContent = "Copy"), 1500);
+      };
+      try {
+        await navigator.clipboard.writeText(code.textContent);
+        told("Copied");
+      } catch {
+        // Where pages may not write to the clipboard, the lines are at least selected.
+        getSelection().selectAllChildren(code);
+        told("Selected");
+      }
+    });
+  }
 
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
   const read_on = new IntersectionObserver(
