@@ -87,9 +87,7 @@ def _ranked(settings: "Settings", asked: Mapping[str, Any], log: "Log", folder: 
     data, _ = ranked(case, sae, case.with_reference(case.plain), most=asked["top"])
     data = data.sortby(f"{asked['sort']}_rank")
     data = data.assign_coords(feature_token=("feature", [str(each) for each in data["feature"].values]))
-    made = provenance(
-        model=case.model.id, seed=settings.seed, sae=sae.name, sae_hash=sae.hash, prefix=settings.prefix
-    )
+    made = provenance(model=case.model.id, seed=settings.seed, sae=sae.name, sae_hash=sae.hash, prefix=settings.prefix)
     rows = [
         {"feature": int(feature)}
         | {str(key): each.values[place].item() if hasattr(each.values[place], "item") else each.values[place]
@@ -146,11 +144,11 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
     for row in summary["features"]:
         difference, attribution = (
             f"{row[name]:.{digits}f} ({row[f'{name}_low']:.{digits}f} to {row[f'{name}_high']:.{digits}f})"
-            for name, digits in (("difference", 2), ("attribution", 3))
+            for name, digits in (("difference", 1), ("attribution", 2))
         )
         ranks = ", ".join(str(row[f"{name}_rank"]) for name in RANKINGS)
         rows.append([row["feature"], row["promotes"], difference, attribution, f"{row['cosine']:.2f}", ranks])
     columns = ("feature", "promotes", "contrast (95 %)", "attribution (95 %)", "cosine", "ranks")
     note = Text("contrast: activation with the prefix minus without; attribution: nats a token; ranks: in each.", "dim")
     numbers = ("feature", "contrast (95 %)", "attribution (95 %)", "cosine")
-    return [Text(_lead(summary)), terminal.table("", columns, rows, numbers=numbers), note]
+    return [Text(_lead(summary)), terminal.table(columns, rows, numbers=numbers, whole=("ranks",)), note]

@@ -37,7 +37,8 @@ def models(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="NAME", help="A model to load and describe. Default: list what there is.",
+            metavar="NAME",
+            help="A model to load and describe. Default: list what there is.",
             autocompletion=options.complete_models,
         ),
     ] = None,
@@ -69,7 +70,7 @@ def _list(json: bool) -> None:
         [each["name"], _millions(each["parameters"]), *(_shown(each[key]) for key in columns[2:-1]), each["where"]]
         for each in found
     ]
-    terminal.say([terminal.table("models", columns, rows, numbers=columns[:-1]), Text(OTHERS)])
+    terminal.say([terminal.table(columns, rows, numbers=columns[1:-1], whole=("name", "where")), Text(OTHERS)])
     terminal.say([Text(f"shipped ones lie in {data_path('models')}", "dim")], whole=True)
 
 
@@ -100,6 +101,12 @@ def _parameters(folder: Path) -> int | None:
     return count or None
 
 
+def _folder(name: str) -> Path:
+    return (
+        data_path("models", name) if name in options.shipped_models() else options.cached_models().get(name, Path(name))
+    )
+
+
 def _described(name: str, device: str | None, dtype: str, quiet: bool) -> dict[str, Any]:
     with terminal.status(f"loading {name}", quiet=quiet):
         import torch
@@ -115,7 +122,7 @@ def _described(name: str, device: str | None, dtype: str, quiet: bool) -> dict[s
         return {
             "name": model.name,
             "architecture": getattr(cfg, "original_architecture", None),
-            "parameters": sum(each.numel() for each in model.hooked.parameters()),
+            "parameters": _parameters(_folder(name)) or sum(each.numel() for each in model.hooked.parameters()),
             "layers": model.n_layers, "d_model": model.d_model, "heads": cfg.n_heads,
             "key_value_heads": cfg.n_key_value_heads or cfg.n_heads, "d_head": cfg.d_head, "d_mlp": cfg.d_mlp,
             "vocabulary": model.d_vocab, "context": model.n_ctx,

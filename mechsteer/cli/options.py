@@ -136,15 +136,11 @@ Device = Annotated[
     str | None,
     typer.Option(help='"cpu", "cuda", ... Default: CUDA where there is one.', autocompletion=one_of("cpu", "cuda")),
 ]
-Dtype = Annotated[
-    str, typer.Option(help='Of the weights: "float32", "bfloat16", ...', autocompletion=one_of(*DTYPES))
-]
+Dtype = Annotated[str, typer.Option(help='Of the weights: "float32", "bfloat16", ...', autocompletion=one_of(*DTYPES))]
 Seed = Annotated[int, typer.Option(min=0, help="Of all randomness.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the completions.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell nothing on the way.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")
-]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")]
 
 
 # ---- reading values ----

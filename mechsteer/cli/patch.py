@@ -183,9 +183,9 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
     for cell in summary["cells"]:
         interval = [f"{cell['low']:.0f} to {cell['high']:.0f} %"] if several else []
         rows.append([*cell["at"].values(), f"{cell['effect']:+.2f}", f"{cell['share']:.0f} %", *interval])
-    title = f"strongest of {', '.join(summary['site'])}, {summary['method']}, {summary['mode']}"
+    title = f"strongest cells: {', '.join(summary['site'])}, {summary['method']}, {summary['mode']}"
     numbers = ("layer", "head", "pos", "dest", "src", "effect", "share", "95 % interval")
-    return [Text(_ends(summary)), terminal.table(title, columns, rows, numbers=numbers)]
+    return [Text(_ends(summary)), Text(title, "bold"), terminal.table(columns, rows, numbers=numbers)]
 
 
 def _ends(summary: Mapping[str, Any]) -> str:
@@ -274,9 +274,9 @@ def _laid_out(texts: Sequence[str], model: "Model", chat: bool) -> "Prompts":
 
 def _tokens(texts: Sequence[str], model: "Model", option: str) -> Any:
     """One set for all prompts, or one id for each."""
-    from mechsteer.objectives import TokenSet
-
     import torch
+
+    from mechsteer.objectives import TokenSet
 
     ids = [int(TokenSet.of(text, tokenizer=model, what=option).ids) for text in texts]
     return texts[0] if len(texts) == 1 else torch.tensor(ids, device=model.device)

@@ -21,7 +21,10 @@ REQUESTS = (
 app = typer.Typer(
     help="The pocket model: a small chat model with known behaviours that ships with mechsteer.",
     epilog=options.epilog(
-        "mechsteer pocket try", "mechsteer pocket check", "mechsteer pocket train --out runs/pocket", s1="a row falls short"
+        "mechsteer pocket try",
+        "mechsteer pocket check",
+        "mechsteer pocket train --out runs/pocket",
+        s1="a row falls short",
     ),
     no_args_is_help=True,
 )
@@ -77,7 +80,9 @@ def try_(
         answers = chat_model.generate(prompts, max_new_tokens=min(room, 120), progress=False).completions
     halves = answers[: len(requests)], answers[len(requests) :]
     if json:
-        rows = [dict(zip(("request", "without", "with"), row, strict=True)) for row in zip(requests, *halves, strict=True)]
+        rows = [
+            dict(zip(("request", "without", "with"), row, strict=True)) for row in zip(requests, *halves, strict=True)
+        ]
         terminal.document({"command": "pocket try", "model": model, "prefix": prefix, "answers": rows})
         return
     console = terminal.out()
@@ -137,7 +142,9 @@ def train(
             card = _train_model(model, out, steps, seed, device, checkpoint_every, compile_model)
         (out / "README.md").write_text(card)
     if json:
-        terminal.document({"command": "pocket train", "model": model, "out": out, "files": sorted(p.name for p in out.iterdir())})
+        terminal.document(
+            {"command": "pocket train", "model": model, "out": out, "files": sorted(p.name for p in out.iterdir())}
+        )
     else:
         terminal.out().print(f"wrote {escape(str(out))}")
 

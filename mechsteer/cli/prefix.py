@@ -24,7 +24,8 @@ def prefix(
     text: Annotated[
         str | None,
         typer.Argument(
-            metavar="PREFIX", help=f'What to say in other words. Default: "{options.PREFIX}"',
+            metavar="PREFIX",
+            help=f'What to say in other words. Default: "{options.PREFIX}"',
             autocompletion=options.complete_prefixes,
         ),
     ] = None,

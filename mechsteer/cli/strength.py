@@ -44,7 +44,8 @@ def strength(
     weight: Annotated[
         float | None,
         typer.Option(
-            min=0, help="What a nat a token on the model's own completions may cost of the share that shows the "
+            min=0,
+            help="What a nat a token on the model's own completions may cost of the share that shows the "
             "behaviour. Default: 0.25.",
         ),
     ] = None,
@@ -189,5 +190,5 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
         tried = ", ".join(f"{each:.3g}" for each in row["tried"] if each is not None)
         rows.append([row["vector"], alpha, band, gain, tried])
     columns = ("vector", "alpha", "95 % band", "gain", "strengths tried")
-    title = f"{summary['forward_passes']:,} forward passes of one prompt"
-    return [Text(_lead(summary)), terminal.table(title, columns, rows, numbers=("alpha", "95 % band", "gain"))]
+    note = Text(f"from {summary['forward_passes']:,} forward passes of one prompt", "dim")
+    return [Text(_lead(summary)), terminal.table(columns, rows, numbers=columns[1:-1], whole=columns[:1]), note]

@@ -55,13 +55,22 @@ def say(parts: Iterable[RenderableType], *, whole: bool = False) -> None:
         console.print(part, soft_wrap=whole and isinstance(part, Text), highlight=False)
 
 
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], *, numbers: Iterable[str] = ()) -> Table:
-    """A table whose texts stand as they are. Columns of `numbers` are set flush right and never broken."""
+def table(
+    columns: Iterable[str], rows: Iterable[Iterable[Any]], *, numbers: Iterable[str] = (), whole: Iterable[str] = ()
+) -> Table:
+    """A table whose texts stand as they are.
+
+    Args:
+        columns: their names.
+        rows: texts and numbers.
+        numbers: columns that are set flush right and never broken.
+        whole: others that are never broken.
+    """
     flush = set(numbers)
-    made = Table(title=Text(title), title_justify="left")
+    made = Table()
     for name in columns:
-        right = name in flush
-        made.add_column(Text(name), justify="right" if right else "left", no_wrap=right, overflow="fold")
+        justify = "right" if name in flush else "left"
+        made.add_column(Text(name), justify=justify, no_wrap=name in {*flush, *whole}, overflow="fold")
     for row in rows:
         made.add_row(*(Text(str(cell)) for cell in row))
     return made

@@ -39,7 +39,10 @@ def travel(
     first: Annotated[
         int | None,
         typer.Option(
-            "--from", min=0, help="The layer before which the push begins. Default: the first where there is one."
+            "--from",
+            min=0,
+            help="The layer before which the push begins. Default: the first before which it brings "
+            "about half of the logit gap's change.",
         ),
     ] = None,
     last: Annotated[
@@ -95,14 +98,16 @@ def _followed(
     plain, prefixed = (_streams(model, prompts) for prompts in (held.plain, held.prefixed))
     deltas = prefixed - plain
     there = [layer for layer in range(model.n_layers) if bool(deltas[layer].any(-1).all())]
-    begin = (there or [None])[0] if first is None else first
     end = model.n_layers - 1 if last is None else last
-    if begin is None or begin not in there or begin > end:
-        where = f"before layer {end if begin is None or begin > end else begin}"
+    if not there or there[0] > end or (first is not None and first not in there):
+        where = f"before layer {end if first is None else first}"
+        since = f" It is there from layer {there[0]} on: give --from and --to such layers." if there else ""
         raise MechsteerError(
-            f"The prefix adds nothing at the fork {where} of {model.name}: attention has to carry it there first. "
-            f"{f'It is there from layer {there[0]} on: give --from and --to such layers.' if there else ''}".strip()
+            f"The prefix adds nothing at the fork {where} of {model.name}: attention has to carry it there first.{since}"
         )
+    log.line(f"putting it in place before each of {len(there)} layers")
+    moved = _moved(model, held, prefixed, there, settings.seed, progress)
+    begin = min(_half(moved), end) if first is None else first
     log.line(f"the push before layer {begin}, put in place, in every later layer")
     push = _push(model, held, plain, deltas, begin, end, settings.seed)
     log.line("the Jacobians between layers, and what is left of the identity")
@@ -113,7 +118,7 @@ def _followed(
     log.line("how far the gradient is right")
     layers = [layer for layer in there if begin <= layer <= end]
     regime = _regime(model, held, deltas.mean(1), layers, settings.seed, progress)
-    results = {"push": push, "identity": share, "regime": regime}
+    results = {"moved": moved, "push": push, "identity": share, "regime": regime}
     summary = _summary(results, begin, end, len(held.rows), len(few))
     summary |= {"prefix": settings.prefix, "model": model.id._asdict()}
     return Answer(summary, results, _figures(results, begin), _lead(summary))
@@ -129,6 +134,39 @@ def _streams(model: "Model", prompts: "Prompts") -> "torch.Tensor":
     given = prompts.padded("right")
     found = model.states_at(given, sites, given.at(-1))
     return torch.stack([found[site] for site in sites])
+
+
+def _moved(
+    model: "Model", held: "Forks", prefixed: "torch.Tensor", layers: list[int], seed: int, progress: bool
+) -> "Result":
+    """What the push brings about before every layer: the change of the logit gap, as a share of its whole change."""
+    import xarray as xr
+
+    from mechsteer.interventions import Replace
+    from mechsteer.patching.activation import objective_of
+    from mechsteer.result import Result, provenance
+    from mechsteer.site import Site
+    from mechsteer.sweeps import sweep
+
+    swept = sweep(
+        model, held.plain, axes={"layer": layers}, measure=held.gap.named("gap"), progress=progress,
+        build=lambda layer: Replace(Site("resid_pre", layer), prefixed[layer], at=-1),
+    )  # fmt: skip
+    base, whole = (objective_of(model, prompts, held.gap) for prompts in (held.plain, held.prefixed))
+    units = {"units": "logits"}
+    arrays = {
+        "change": (("layer", "prompt"), swept["gap"].values - base, units),
+        "whole": ("prompt", whole - base, units),
+    }
+    made = provenance(model=model.id, seed=seed, measure="logit gap at the fork")
+    return Result(xr.Dataset(arrays, {"layer": layers, "prompt": list(held.rows)}), provenance=made)
+
+
+def _half(moved: "Result") -> int:
+    """The first layer before which the push brings about half of the gap's whole change; the last one if none does."""
+    share = moved["change"].sum("prompt") / moved["whole"].sum("prompt")
+    enough = share["layer"].values[share.values >= 0.5]
+    return int(enough[0]) if len(enough) else int(share["layer"].values[-1])
 
 
 def _push(
@@ -198,6 +236,7 @@ def _regime(
 
 def _summary(results: Mapping[str, "Result"], begin: int, end: int, n: int, n_jacobians: int) -> dict[str, Any]:
     push, share, regime = (results[name].data for name in ("push", "identity", "regime"))
+    moved = results["moved"]["change"].sum("prompt") / results["moved"]["whole"].sum("prompt")
     rows = []
     for layer in push["layer"].values.tolist():
         one, pair = push.sel(layer=layer).mean("prompt"), share.sel(source=begin, target=layer).mean("prompt")
@@ -209,6 +248,7 @@ def _summary(results: Mapping[str, "Result"], begin: int, end: int, n: int, n_ja
         {
             "layer": layer,
             "length": float(regime["length"].sel(layer=layer)),
+            "moved": float(moved.sel(layer=layer)),
             **{group: float(regime["relative_radius"].sel(layer=layer, group=group)) for group in ("prefix", "random")},
             "censored": int(regime["censored"].sel(layer=layer, group="prefix")),
         }
@@ -254,22 +294,19 @@ def _lines(array: "xr.DataArray", title: str, y: str, x: str) -> "go.Figure":
 
 def _lead(summary: Mapping[str, Any]) -> str:
     first, last = summary["behind"][0], summary["behind"][-1]
-    start = next((row for row in summary["regime"] if row["layer"] == summary["from"]), None)
-    text = (
-        f"What the prefix adds before layer {summary['from']} at the fork, put in place in runs without the prefix, is "
+    start = next(row for row in summary["regime"] if row["layer"] == summary["from"])
+    where = {-1: "below ", 0: "", 1: "above "}[start["censored"]]
+    return (
+        f"What the prefix adds before layer {summary['from']} at the fork, put in place in runs without the prefix, "
+        f"brings about {100 * start['moved']:.0f} % of the prefix's change of the logit gap. It is "
         f"{first['length']:.2f} times as long behind that block and {last['length']:.2f} times behind block "
         f"{summary['to']}, with a cosine of {first['cos']:.2f} and {last['cos']:.2f} to itself "
         f"(n = {summary['n']} held-out requests). The Propagator to there, J = c I + R, has c = {last['c']:.2f}, and the "
         f"rest R is {last['rest']:.2f} of it; what it makes of the push has a cosine of {last['linear_cos']:.2f} with "
-        "the true one."
+        "the true one. "
+        f"The gradient of the gap there is 10 % off from {where}{start['prefix']:.2f} of the stream's length on along "
+        f"the mean push, which is {start['length']:.2f} long."
     )
-    if start is not None:
-        where = {-1: "below ", 0: "", 1: "above "}[start["censored"]]
-        text += (
-            f" The gradient of the logit gap there is 10 % off from {where}{start['prefix']:.2f} of the stream's length "
-            f"on along the mean push, which is {start['length']:.2f} long."
-        )
-    return text
 
 
 def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
@@ -279,13 +316,14 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
         numbers = [row[name] for name in ("length", "cos", "linear_length", "linear_cos", "prefix_cos", "c", "rest")]
         radius = radii.get(row["layer"])
         bound = "" if radius is None else {-1: "< ", 0: "", 1: "> "}[radius["censored"]] + f"{radius['prefix']:.2f}"
-        mean = "" if radius is None else f"{radius['length']:.2f}"
-        rows.append([row["layer"], *(f"{each:.2f}" for each in numbers), mean, bound])
-    columns = ("layer", "length", "cos", "J length", "J cos", "prefix", "c", "rest", "mean", "radius")
+        mean, moved = ("", "") if radius is None else (f"{radius['length']:.2f}", f"{100 * radius['moved']:.0f} %")
+        rows.append([row["layer"], *(f"{each:.2f}" for each in numbers), moved, mean, bound])
+    columns = ("layer", "length", "cos", "J length", "J cos", "prefix", "c", "rest", "moved", "mean", "radius")
     note = Text(
         "Behind each block: length and cosine of the push to itself at the start; the same as the Propagator J foretells "
         "it (cosine with the true one); cosine with what the whole prefix adds there; c and the rest of J = c I + R. "
-        "Before it: length of the mean push, and where the gradient is 10 % off, in lengths of the stream.",
+        "Before it: share of the logit gap's change that the prefix's own push there brings about; length of the mean "
+        "push, and where the gradient is 10 % off, in lengths of the stream.",
         "dim",
     )
-    return [Text(_lead(summary)), terminal.table("", columns, rows, numbers=columns), note]
+    return [Text(_lead(summary)), terminal.table(columns, rows, numbers=columns), note]

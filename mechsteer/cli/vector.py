@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TOKENS = ("completion", "last")
 NEGATIVES = ("random", "contrastive")
-# Completions that are shown, and tokens near the vector.
+# Completions that are shown in the terminal, and tokens near the vector.
 _ASKED, _NEAREST = 6, 10
 EPILOG = options.epilog(
     'mechsteer vector "Talk only about cats." --out cats',
@@ -37,7 +37,9 @@ EPILOG = options.epilog(
 
 def vector(
     text: options.Text = None,
-    positive: Annotated[Path | None, typer.Option(help="A file with one text a line that shows what is wanted.")] = None,
+    positive: Annotated[
+        Path | None, typer.Option(help="A file with one text a line that shows what is wanted.")
+    ] = None,
     negative: Annotated[Path | None, typer.Option(help="A file with one text a line that does not.")] = None,
     concept: Annotated[
         str | None,
@@ -149,9 +151,9 @@ def _vector(
             f"The vector behind block {layer} is zero: there the two groups of activations do not differ. Choose "
             "another --layer, or other texts."
         )
-    log.line(f"completing {_ASKED} requests with {asked['alpha']:g} times the vector behind block {layer}")
     judge = _judge(case, of)
     rows = case.rows("held-out")
+    log.line(f"completing {len(rows)} requests with {asked['alpha']:g} times the vector behind block {layer}")
     room = min(case.max_new_tokens, model.n_ctx - int(case.plain.lengths.max()))
     both = [
         model.generate(case.plain[rows], max_new_tokens=room, interventions=pushes, progress=progress).completions
@@ -286,6 +288,7 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
     near = ", ".join(f"{printable(each['token'])!r} {each['cosine']:.2f}" for each in summary["nearest"])
     rows = [[each["request"], each["plain"], each["steered"]] for each in summary["completions"][:_ASKED]]
     columns = ("request", "without", f"{summary['alpha']:g} times the vector")
-    table = terminal.table("completions of held-out requests", columns, rows)
+    table = terminal.table(columns, rows)
     table.show_lines = True
-    return [Text(_lead(summary)), Text(f"nearest tokens: {near}"), table]
+    title = Text("completions of held-out requests", "bold")
+    return [Text(_lead(summary)), Text(f"nearest tokens: {near}"), title, table]

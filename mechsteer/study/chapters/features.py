@@ -120,9 +120,7 @@ def _estimate(shares: Result, name: str, part: str) -> dict[str, Any]:
     return Estimate(*values, n=shares.data.sizes["prompt"]).as_json
 
 
-def ranked(
-    case: Case, sae: SparseAutoencoder, forced: Prompts, *, most: int = _LISTED
-) -> tuple[xr.Dataset, list[int]]:
+def ranked(case: Case, sae: SparseAutoencoder, forced: Prompts, *, most: int = _LISTED) -> tuple[xr.Dataset, list[int]]:
     """What the three rankings put first, `most` of each, with the numbers of all three; and all features, largest
     attribution first.
 
