@@ -19,9 +19,9 @@ EPILOG = options.epilog(
     s1="",
 )
 OTHERS = (
-    "Wherever a model is asked for, give a name from above; a Hugging Face folder with config.json, safetensors weights "
-    'and a tokenizer, such as ./my-model; or a hub name that TransformerLens knows, such as "gpt2", which is downloaded '
-    "once. Only safetensors are read, and no code from a model's folder is run."
+    "Wherever a model is asked for, give a name from above; a Hugging Face folder with config.json, safetensors "
+    'weights and a tokenizer, such as ./my-model; or a hub name that TransformerLens knows, such as "gpt2", which is '
+    "downloaded once. Only safetensors are read, and no code from a model's folder is run."
 )
 _SHAPE = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers"),

@@ -163,7 +163,7 @@ def _strongest(found: "Result", shares: "Result", n: int) -> list[dict[str, Any]
     cells = []
     for flat in order:
         at = np.unravel_index(flat, values.shape)
-        where = {str(dim): mean[dim].values[place] for dim, place in zip(mean.dims, at, strict=True)}
+        where: dict[str, Any] = {str(dim): mean[dim].values[place] for dim, place in zip(mean.dims, at, strict=True)}
         for dim, place in zip(mean.dims, at, strict=True):
             label = "token" if dim == "pos" else f"{dim}_token"
             if label in mean.coords:

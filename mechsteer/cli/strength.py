@@ -36,8 +36,8 @@ def strength(
     topic: Annotated[
         str | None,
         typer.Option(
-            help="Completions about this topic of the pocket language are wanted. Default: what PREFIX, or the vector's "
-            "origin, names.",
+            help="Completions about this topic of the pocket language are wanted. Default: what PREFIX, or the "
+            "vector's origin, names.",
             autocompletion=options.complete_topics,
         ),
     ] = None,
@@ -64,7 +64,7 @@ def strength(
     quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
-    """Choose how strongly to steer with a vector: the strength that gains most of what is wanted, less what it costs."""
+    """Choose how strongly to steer: the strength of a vector that gains most of what is wanted, less what it costs."""
     if vector is not None and (text is not None or prefix is not None):
         raise MechsteerError("a prefix and --vector are given: give the one whose strength is wanted")
     if topic is not None:
@@ -101,13 +101,19 @@ def _chosen(
     vectors = mean_vectors(case) if file is None else _one(Direction.load(file, model=case.model), file)
     judge = _judge(case, asked["topic"], vectors, file)
     wanted = case.plain[search] if judge is not None else case.with_reference(case.plain)[search]
+    if file is None:
+        unsteered = case.unsteered[search]
+    else:
+        log.line(f"completing {len(search)} requests")
+        room = min(case.max_new_tokens, case.model.n_ctx - int(case.plain.lengths.max()))
+        unsteered = case.model.generate(case.plain[search], max_new_tokens=room, progress=progress)
     weight, budget = asked["weight"], asked["budget"]
     weight, budget = WEIGHT if weight is None else weight, BUDGET if budget is None else budget
     log.line(f"choosing the strength of {len(vectors)} vector{'s' * (len(vectors) > 1)}, {budget} exact points each")
     # As mechsteer.study.pushes.chosen_vector, which the study takes, weighs it.
     chosen = choose_alpha(
         case.model, vectors, wanted, -CE if judge is None else judge, side_effect=CE,
-        side_prompts=case.unsteered[search], weight=weight, budget=budget, max_new_tokens=case.max_new_tokens,
+        side_prompts=unsteered, weight=weight, budget=budget, max_new_tokens=case.max_new_tokens,
         seed=settings.seed, progress=progress,
     )  # fmt: skip
     rows = []

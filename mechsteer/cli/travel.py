@@ -103,7 +103,8 @@ def _followed(
         where = f"before layer {end if first is None else first}"
         since = f" It is there from layer {there[0]} on: give --from and --to such layers." if there else ""
         raise MechsteerError(
-            f"The prefix adds nothing at the fork {where} of {model.name}: attention has to carry it there first.{since}"
+            f"The prefix adds nothing at the fork {where} of {model.name}: attention has to carry it there first."
+            + since
         )
     log.line(f"putting it in place before each of {len(there)} layers")
     moved = _moved(model, held, prefixed, there, settings.seed, progress)
@@ -301,8 +302,8 @@ def _lead(summary: Mapping[str, Any]) -> str:
         f"brings about {100 * start['moved']:.0f} % of the prefix's change of the logit gap. It is "
         f"{first['length']:.2f} times as long behind that block and {last['length']:.2f} times behind block "
         f"{summary['to']}, with a cosine of {first['cos']:.2f} and {last['cos']:.2f} to itself "
-        f"(n = {summary['n']} held-out requests). The Propagator to there, J = c I + R, has c = {last['c']:.2f}, and the "
-        f"rest R is {last['rest']:.2f} of it; what it makes of the push has a cosine of {last['linear_cos']:.2f} with "
+        f"(n = {summary['n']} held-out requests). The Propagator to there, J = c I + R, has c = {last['c']:.2f}, and "
+        f"the rest R is {last['rest']:.2f} of it; what it makes of the push has a cosine of {last['linear_cos']:.2f} with "
         "the true one. "
         f"The gradient of the gap there is 10 % off from {where}{start['prefix']:.2f} of the stream's length on along "
         f"the mean push, which is {start['length']:.2f} long."
@@ -320,8 +321,8 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
         rows.append([row["layer"], *(f"{each:.2f}" for each in numbers), moved, mean, bound])
     columns = ("layer", "length", "cos", "J length", "J cos", "prefix", "c", "rest", "moved", "mean", "radius")
     note = Text(
-        "Behind each block: length and cosine of the push to itself at the start; the same as the Propagator J foretells "
-        "it (cosine with the true one); cosine with what the whole prefix adds there; c and the rest of J = c I + R. "
+        "Behind each block: length and cosine of the push to itself at the start; the same as the Propagator J "
+        "foretells it (cosine with the true one); cosine with what the whole prefix adds there; c and the rest of J = c I + R. "
         "Before it: share of the logit gap's change that the prefix's own push there brings about; length of the mean "
         "push, and where the gradient is 10 % off, in lengths of the stream.",
         "dim",

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 TOKENS = ("completion", "last")
 NEGATIVES = ("random", "contrastive")
 # Completions that are shown in the terminal, and tokens near the vector.
-_ASKED, _NEAREST = 6, 10
+_ASKED, _NEAREST = 3, 10
 EPILOG = options.epilog(
     'mechsteer vector "Talk only about cats." --out cats',
-    "mechsteer vector --concept joy --alpha 2 --out joy",
+    "mechsteer vector --concept joy --alpha 6 --out joy",
     "mechsteer vector --positive joyful.txt --negative plain.txt --layer 3 --gguf --out mine",
     "mechsteer strength --vector joy/vector.safetensors --out joy-strength",
     after='In Python: ms.Add(ms.Direction.load("cats/vector.safetensors"), 2.0).',
@@ -37,10 +37,8 @@ EPILOG = options.epilog(
 
 def vector(
     text: options.Text = None,
-    positive: Annotated[
-        Path | None, typer.Option(help="A file with one text a line that shows what is wanted.")
-    ] = None,
-    negative: Annotated[Path | None, typer.Option(help="A file with one text a line that does not.")] = None,
+    positive: Annotated[Path | None, typer.Option(help="A file of texts that show what is wanted, one a line.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="A file of texts that do not.")] = None,
     concept: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +64,9 @@ def vector(
     layer: Annotated[
         int | None, typer.Option(min=0, help="Behind which block. Default: halfway through the model.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Times the vector that is added in the completions shown.")] = 1.0,
+    alpha: Annotated[
+        str, typer.Option(help="How many times the vector is added in the completions shown: one number, or several.")
+    ] = "1,2,4,8",
     gguf: Annotated[
         bool, typer.Option("--gguf", help="Write the vectors of all blocks from 1 on as vector.gguf too (llama.cpp).")
     ] = False,
@@ -92,8 +92,7 @@ def vector(
         raise MechsteerError("--positive and --negative go together: give a file of texts to each")
     options.choice(tokens, TOKENS, "--tokens")
     options.choice(negatives, NEGATIVES, "--negatives")
-    if not abs(alpha) < float("inf"):
-        raise MechsteerError(f"--alpha {alpha} is no strength: give a finite number")
+    alphas = _alphas(alpha)
     if concept is not None:
         options.choice(concept, options.concept_names(), "--concept")
     if gguf:
@@ -105,7 +104,7 @@ def vector(
         about, requests, model=model, words=tuple(options.names(words)), device=device, dtype=dtype, seed=seed,
         max_new_tokens=max_new_tokens,
     )  # fmt: skip
-    how = {"layer": layer, "alpha": alpha, "gguf": gguf}
+    how = {"layer": layer, "alphas": alphas, "gguf": gguf}
     asked = identity(settings) | ({"tokens": tokens} if of is None else {"texts": of}) | how
     name = about if of is None else str(of["name"])
 
@@ -124,6 +123,16 @@ def _of(concept: str | None, negatives: str, positive: Path | None, negative: Pa
     groups = {"positives": options.lines_of(positive, "--positive")}
     groups["negatives"] = options.lines_of(negative, "--negative")
     return {"name": positive.stem, "concept": None, **groups}
+
+
+def _alphas(listed: str) -> list[float]:
+    try:
+        found = [float(each) for each in options.names(listed)]
+    except ValueError:
+        found = []
+    if not found or not all(abs(each) < float("inf") for each in found):
+        raise MechsteerError(f'--alpha {listed!r} cannot be read: give finite numbers, such as "4" or "1,2,4,8"')
+    return list(dict.fromkeys(found))
 
 
 def _vector(
@@ -153,15 +162,16 @@ def _vector(
         )
     judge = _judge(case, of)
     rows = case.rows("held-out")
-    log.line(f"completing {len(rows)} requests with {asked['alpha']:g} times the vector behind block {layer}")
+    alphas = asked["alphas"]
+    log.line(f"completing {len(rows)} requests with the vector behind block {layer}, at {len(alphas)} strengths")
     room = min(case.max_new_tokens, model.n_ctx - int(case.plain.lengths.max()))
-    both = [
+    said = [
         model.generate(case.plain[rows], max_new_tokens=room, interventions=pushes, progress=progress).completions
-        for pushes in ([], [Add(direction, asked["alpha"])])
+        for pushes in ([], *([Add(direction, each)] for each in alphas))
     ]
-    shows = None if judge is None else [float(judge.many(each).mean()) for each in both]
+    shows = None if judge is None else [float(judge.many(each).mean()) for each in said]
     texts = [case.requests[row].text for row in rows]
-    made = provenance(model=model.id, seed=settings.seed, site=str(site), alpha=asked["alpha"])
+    made = provenance(model=model.id, seed=settings.seed, site=str(site))
     results = {"layers": Result(_layers(vectors), provenance=made), "cosines": cosine_table(_nonzero(vectors))}
     others = []
     if asked["gguf"]:
@@ -170,13 +180,13 @@ def _vector(
         export_gguf(kept, folder / "vector.gguf", model_hint=_architecture(model.cfg))
         others = ["vector.gguf"]
     about = {
-        "name": name, "model": model.id._asdict(), "site": str(site), "layer": layer, "alpha": asked["alpha"],
+        "name": name, "model": model.id._asdict(), "site": str(site), "layer": layer, "alphas": alphas,
         "norm": direction.norm, "relative_norm": float(results["layers"]["relative_norm"].sel(layer=layer)),
         "origin": dict(direction.origin), "shown": None if judge is None else judge.shown, "shows": shows,
         "nearest": [{"token": token, "cosine": cosine} for token, cosine in direction.nearest_tokens(model, _NEAREST)],
         "completions": [
-            {"request": text, "plain": plain_text, "steered": steered}
-            for text, plain_text, steered in zip(texts, *both, strict=True)
+            {"request": text, "plain": before, "steered": steered}
+            for text, before, *steered in zip(texts, *said, strict=True)
         ],
     }  # fmt: skip
     figures = [
@@ -274,10 +284,11 @@ def _lead(summary: Mapping[str, Any]) -> str:
         "length of the residual stream there."
     )
     if summary["shows"] is not None:
-        plain_share, steered = (f"{100 * share:.0f} %" for share in summary["shows"])
+        before, *steered = (f"{100 * share:.0f} %" for share in summary["shows"])
+        each = [f"{share} with {alpha:g}" for alpha, share in zip(summary["alphas"], steered, strict=True)]
         text += (
-            f" {steered} of {len(summary['completions'])} completions {summary['shown']} with {summary['alpha']:g} "
-            f"times the vector, and {plain_share} without."
+            f" Of {len(summary['completions'])} completions {before} {summary['shown']} without it, and "
+            f"{', '.join(each)} times the vector added."
         )
     return text
 
@@ -286,9 +297,12 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
     from mechsteer.plots.labels import printable
 
     near = ", ".join(f"{printable(each['token'])!r} {each['cosine']:.2f}" for each in summary["nearest"])
-    rows = [[each["request"], each["plain"], each["steered"]] for each in summary["completions"][:_ASKED]]
-    columns = ("request", "without", f"{summary['alpha']:g} times the vector")
-    table = terminal.table(columns, rows)
-    table.show_lines = True
-    title = Text("completions of held-out requests", "bold")
+    table = terminal.table(("times", "completion"), (), numbers=("times",))
+    table.columns[1].ratio = 1
+    for each in summary["completions"][:_ASKED]:
+        table.add_row("", Text(each["request"], "bold"))
+        for times, said in zip((0.0, *summary["alphas"]), (each["plain"], *each["steered"]), strict=True):
+            table.add_row(f"{times:g}", Text(said))
+        table.add_section()
+    title = Text("completions of held-out requests, with the vector added so many times", "bold")
     return [Text(_lead(summary)), Text(f"nearest tokens: {near}"), title, table]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-_STYLE = """body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem system-ui, sans-serif; color: #1f2328 }
+_STYLE = """body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem system-ui, sans-serif }
+body { color: #1f2328 }
 h1 { font-size: 1.4rem }
 p { white-space: pre-line; overflow-wrap: anywhere }"""
 
