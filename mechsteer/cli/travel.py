@@ -303,8 +303,8 @@ def _lead(summary: Mapping[str, Any]) -> str:
         f"{first['length']:.2f} times as long behind that block and {last['length']:.2f} times behind block "
         f"{summary['to']}, with a cosine of {first['cos']:.2f} and {last['cos']:.2f} to itself "
         f"(n = {summary['n']} held-out requests). The Propagator to there, J = c I + R, has c = {last['c']:.2f}, and "
-        f"the rest R is {last['rest']:.2f} of it; what it makes of the push has a cosine of {last['linear_cos']:.2f} with "
-        "the true one. "
+        f"the rest R is {last['rest']:.2f} of it; what it makes of the push has a cosine of {last['linear_cos']:.2f} "
+        "with the true one. "
         f"The gradient of the gap there is 10 % off from {where}{start['prefix']:.2f} of the stream's length on along "
         f"the mean push, which is {start['length']:.2f} long."
     )
@@ -322,8 +322,8 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
     columns = ("layer", "length", "cos", "J length", "J cos", "prefix", "c", "rest", "moved", "mean", "radius")
     note = Text(
         "Behind each block: length and cosine of the push to itself at the start; the same as the Propagator J "
-        "foretells it (cosine with the true one); cosine with what the whole prefix adds there; c and the rest of J = c I + R. "
-        "Before it: share of the logit gap's change that the prefix's own push there brings about; length of the mean "
+        "foretells it (cosine with the true one); cosine with what the whole prefix adds there; c and the rest of "
+        "J = c I + R. Before it: share of the logit gap's change that the prefix's own push there brings about; length of the mean "
         "push, and where the gradient is 10 % off, in lengths of the stream.",
         "dim",
     )
