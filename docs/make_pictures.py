@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browser import screenshot
 
 from mechsteer import cli
+from mechsteer.cli import terminal
 from mechsteer.study import study
 
 IMAGES = Path(__file__).parent / "images"
@@ -24,7 +25,7 @@ def pocket_try() -> None:
     console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
     # A spinner would leave all its frames in the picture.
     console.status = lambda *args, **options: nullcontext()  # type: ignore[method-assign]
-    cli.Console = lambda *args, **options: console  # type: ignore[misc]
+    terminal.Console = lambda *args, **options: console  # type: ignore[misc]
     sys.argv = ["mechsteer", "pocket", "try"]
     with suppress(SystemExit):
         cli.main()

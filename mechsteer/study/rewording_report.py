@@ -19,6 +19,7 @@ from mechsteer.prefix.evaluation import RANDOM, REFERENCE
 from mechsteer.result import Result
 from mechsteer.study.case import Case
 from mechsteer.study.folder import write as write_file
+from mechsteer.study.page import page
 
 OURS, SOFT, NOTHING = "ours", "soft prefix", "no prefix"
 STAGES = {"soft": SOFT, "projected": "projected", "beam": "beam", "final": OURS}
@@ -107,7 +108,9 @@ def write(
     frame = table(evaluations(summary, evaluation, transfer), summary["losses"])
     write_file(folder / "table.csv", frame.to_csv(index=False))
     write_file(folder / "prefix.txt", f"{match.text}\n")
-    write_file(folder / "figures.html", page(summary, [search_figure(match, summary), stages_figure(summary)]))
+    lead = Markup("in other words: <strong>{}</strong>").format(quoted(summary["text"]))
+    figures = [search_figure(match, summary), stages_figure(summary)]
+    write_file(folder / "figures.html", page(quoted(summary["reference"]), lead, figures))
 
 
 def evaluations(summary: Mapping[str, Any], evaluation: Result, transfer: Result | None) -> dict[str, Result]:
@@ -164,20 +167,4 @@ def stages_figure(summary: Mapping[str, Any]) -> go.Figure:
 def _finished(figure: go.Figure, title: str) -> go.Figure:
     return theme(figure).update_layout(
         title_text=title, height=440, legend={"orientation": "h", "y": -0.2, "yanchor": "top"}
-    )
-
-
-def page(summary: Mapping[str, Any], figures: Sequence[go.Figure]) -> str:
-    """The figures on one page that needs no network."""
-    drawn = [
-        figure.to_html(full_html=False, include_plotlyjs=not place, config={"displaylogo": False, "responsive": True})
-        for place, figure in enumerate(figures)
-    ]
-    head = Markup("<h1>{}</h1><p>in other words: <strong>{}</strong></p>").format(
-        quoted(summary["reference"]), quoted(summary["text"])
-    )
-    style = "body{max-width:60rem;margin:2rem auto;padding:0 1rem;font:1rem system-ui,sans-serif;color:#1f2328}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{Markup.escape(summary["reference"])}'
-        f"</title><style>{style}h1{{font-size:1.4rem}}</style></head>\n<body>{head}{''.join(drawn)}</body></html>\n"
     )

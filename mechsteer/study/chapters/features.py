@@ -65,7 +65,7 @@ def measure(case: Case) -> Findings:
             "explain. Choose another prefix."
         )
     case.tell(f"ranking {sae.n_features:,} features in three ways")
-    features, sets = _ranked(case, sae, forced)
+    features, sets = ranked(case, sae, forced)
     feature = int(features["feature"][0])
     about = _levels(case, sae, feature)
     case.tell("whether features are why the prefix works")
@@ -120,8 +120,9 @@ def _estimate(shares: Result, name: str, part: str) -> dict[str, Any]:
     return Estimate(*values, n=shares.data.sizes["prompt"]).as_json
 
 
-def _ranked(case: Case, sae: SparseAutoencoder, forced: Prompts) -> tuple[xr.Dataset, list[int]]:
-    """What the three rankings put first, with the numbers of all three; and all features, largest attribution first.
+def ranked(case: Case, sae: SparseAutoencoder, forced: Prompts, *, most: int = _LISTED) -> tuple[xr.Dataset, list[int]]:
+    """What the three rankings put first, `most` of each, with the numbers of all three; and all features, largest
+    attribution first.
 
     `attribution` [feature] is the first-order estimate of what the log-likelihood of the reference completions gains,
     in nats a token, when the feature goes to what it is with the prefix.
@@ -142,7 +143,7 @@ def _ranked(case: Case, sae: SparseAutoencoder, forced: Prompts) -> tuple[xr.Dat
     }
     if not float(rankings["contrast"]["difference"][0]) > 0:
         raise MechsteerError("The prefix raises no feature of the autoencoder: there is nothing to push.")
-    first = [feature for each in rankings.values() for feature in each["feature"].values[:_LISTED].tolist()]
+    first = [feature for each in rankings.values() for feature in each["feature"].values[:most].tolist()]
     listed = list(dict.fromkeys(first))
     own = mean_features(model, sae, case.unsteered[search].padded("right"), "completion")[:, listed].mean(0)
     contrast, attribution, similarity = (each.data.sel(feature=listed) for each in rankings.values())
