@@ -1,0 +1,63 @@
+"""What the pages cannot say for themselves: the command line, read from the program, and links to the reference."""
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+COMMAND_LINE = "<!-- command line -->"
+PUBLIC = re.compile(r"<!-- public names of (mechsteer[\w.]*) -->")
+# A name in backticks, such as `mechsteer.strength.theory.peaks`, outside of blocks of code.
+NAME = re.compile(r"(?<!\[)`(mechsteer(?:\.\w+)+)`(?!\])")
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Fills in the command line and the lists of public names, and links names to the reference."""
+    if COMMAND_LINE in markdown:
+        markdown = markdown.replace(COMMAND_LINE, command_line())
+    markdown = PUBLIC.sub(lambda found: reference(found[1]), markdown)
+    parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
+    return "".join(part if part.startswith("```") else NAME.sub(link, part) for part in parts)
+
+
+def reference(module: str) -> str:
+    """A mkdocstrings entry for each name in a module's `__all__`."""
+    return "\n\n".join(f"::: {module}.{name}" for name in importlib.import_module(module).__all__)
+
+
+def link(found: re.Match[str]) -> str:
+    """A name that the reference has, as a link to it; other names as they are."""
+    path = found[1]
+    return f"[`{path.removeprefix('mechsteer.')}`][{path}]" if is_documented(path) else found[0]
+
+
+def is_documented(path: str) -> bool:
+    """Whether a dotted name is public: in the `__all__` of its module, or a public member of a class that is."""
+    parts = path.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        first, *rest = parts[cut:]
+        return first in getattr(module, "__all__", ()) and not any(each.startswith("_") for each in rest)
+    return False
+
+
+def command_line() -> str:
+    """The help of every command, as typer writes it down, with its examples as code."""
+    command = [sys.executable, "-m", "typer", "mechsteer.cli", "utils", "docs", "--name", "mechsteer"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text = re.sub(r"^# `mechsteer`\n", "", text)
+    text = re.sub(r"\[bold\](.*?)\[/(?:bold)?\]", r"**\1**", text)
+    # Examples are lines of their own, indented by two spaces, with an empty line between them.
+    text = re.sub(r"(?:^  \S.*\n\n?)+", lambda found: _block(found[0]), text, flags=re.MULTILINE)
+    return text
+
+
+def _block(lines: str) -> str:
+    code = "\n".join(line.strip() for line in lines.splitlines() if line.strip())
+    return f"```console\n{code}\n```\n\n"
