@@ -60,4 +60,4 @@ def command_line() -> str:
 
 def _block(lines: str) -> str:
     code = "\n".join(line.strip() for line in lines.splitlines() if line.strip())
-    return f"```console\n{code}\n```\n\n"
+    return f"```sh\n{code}\n```\n\n"
