@@ -1,6 +1,7 @@
 """What the pages cannot say for themselves: the command line, read from the program, and links to the reference."""
 
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 COMMAND_LINE = "<!-- command line -->"
-PUBLIC = re.compile(r"<!-- public names of (mechsteer[\w.]*) -->")
+PUBLIC = re.compile(r"<!-- public names of (mechsteer[\w.]*)(, with what they inherit)? -->")
 # A name in backticks, such as `mechsteer.strength.theory.peaks`, outside of blocks of code.
 NAME = re.compile(r"(?<!\[)`(mechsteer(?:\.\w+)+)`(?!\])")
 
@@ -18,33 +19,43 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Fills in the command line and the lists of public names, and links names to the reference."""
     if COMMAND_LINE in markdown:
         markdown = markdown.replace(COMMAND_LINE, command_line())
-    markdown = PUBLIC.sub(lambda found: reference(found[1]), markdown)
+    markdown = PUBLIC.sub(lambda found: reference(found[1], inherited=bool(found[2])), markdown)
     parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
     return "".join(part if part.startswith("```") else NAME.sub(link, part) for part in parts)
 
 
-def reference(module: str) -> str:
+def reference(module: str, *, inherited: bool) -> str:
     """A mkdocstrings entry for each name in a module's `__all__`."""
-    return "\n\n".join(f"::: {module}.{name}" for name in importlib.import_module(module).__all__)
+    options = "\n    options:\n      inherited_members: true" if inherited else ""
+    return "\n\n".join(f"::: {identifier(module, name)}{options}" for name in importlib.import_module(module).__all__)
+
+
+def identifier(module: str, name: str) -> str:
+    """The path of a public name; where a file of the module has the same name, the path within that file."""
+    is_package = hasattr(importlib.import_module(module), "__path__")
+    hidden = is_package and importlib.util.find_spec(f"{module}.{name}") is not None
+    return f"{module}.{name}.{name}" if hidden else f"{module}.{name}"
 
 
 def link(found: re.Match[str]) -> str:
-    """A name that the reference has, as a link to it; other names as they are."""
-    path = found[1]
-    return f"[`{path.removeprefix('mechsteer.')}`][{path}]" if is_documented(path) else found[0]
+    """A name that the reference has, without its module and as a link to it; other names as they are."""
+    place = public_place(found[1])
+    if place is None:
+        return found[0]
+    module, name, *member = place
+    return f"[`{'.'.join((name, *member))}`][{'.'.join((identifier(module, name), *member))}]"
 
 
-def is_documented(path: str) -> bool:
-    """Whether a dotted name is public: in the `__all__` of its module, or a public member of a class that is."""
+def public_place(path: str) -> tuple[str, ...] | None:
+    """Module, name and perhaps member of a dotted path, if the name is in the module's `__all__`."""
     parts = path.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
             module = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError:
             continue
-        first, *rest = parts[cut:]
-        return first in getattr(module, "__all__", ()) and not any(each.startswith("_") for each in rest)
-    return False
+        return (module.__name__, *parts[cut:]) if parts[cut] in getattr(module, "__all__", ()) else None
+    return None
 
 
 def command_line() -> str:

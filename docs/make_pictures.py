@@ -4,26 +4,27 @@ With a folder, `python docs/make_pictures.py study-cats`, the study there is gon
 """
 
 import io
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from rich.console import Console
+from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from browser import screenshot
 
-from mechsteer import cli
 from mechsteer.study import Study, study
 from mechsteer.study.blocks import Block, Details, Figure
 from mechsteer.study.chapters import chapters
 
 IMAGES = Path(__file__).parent / "images"
-WIDTH = 900
+WIDTH, COLUMNS = 900, 110
 # Figures of chapters by how their titles begin, and the pictures that are made of them.
 FIGURES = {
     "travel": {"Share of the gap's change": "study-arrives.png", "From a layer to the end": "study-identity.png"},
@@ -34,13 +35,14 @@ FIGURES = {
 
 def pocket_try() -> None:
     """`mechsteer pocket try`, as it looks in a terminal."""
-    console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True)
-    # A spinner would leave all its frames in the picture.
-    console.status = lambda *args, **options: nullcontext()  # type: ignore[method-assign]
-    cli.Console = lambda *args, **options: console  # type: ignore[misc]
-    sys.argv = ["mechsteer", "pocket", "try"]
-    with suppress(SystemExit):
-        cli.main()
+    code = "from mechsteer.cli import main; main()"
+    colours = os.environ | {"FORCE_COLOR": "1", "COLUMNS": str(COLUMNS)}
+    command = [sys.executable, "-c", code, "pocket", "try"]
+    done = subprocess.run(command, env=colours, stdout=subprocess.PIPE, text=True, check=True)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
+    # A spinner would leave all its frames in the picture: only what comes after the cursor is shown again counts.
+    printed = re.sub(r"\r|\x1b\[\d*[AK]", "", done.stdout.rpartition("\x1b[?25h")[2])
+    console.print(Text.from_ansi(printed.strip("\n")))
     svg = console.export_svg(title="mechsteer pocket try")
     # The picture names no font to fetch: the reader's own monospaced font will do.
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.S).replace("Fira Code", "ui-monospace")
