@@ -43,7 +43,7 @@ class ConceptData:
 
     Raises:
         MechsteerError: assumption 1 does not hold, probabilities do not sum to 1, or a context repeats or mixes
-        concepts.
+            concepts.
     """
 
     a: Float[Tensor, "... token"]
