@@ -79,6 +79,15 @@ def test_along_draws_lines_where_a_heatmap_would_be() -> None:
         result.plot(along="layer", facet="pos")
 
 
+def test_numbers_that_are_names_stand_in_their_order() -> None:
+    ranked = xr.Dataset({"gap": ("feature", [3.0, 2.0, 1.0])}, {"feature": [766, 2, 509]})
+    named = Result(ranked.assign_coords(feature_token=("feature", ["766", "2", "509"]))).plot()
+    (line,) = drawn(named, go.Scatter)
+    np.testing.assert_array_equal(line.x, [0, 1, 2])
+    assert named.layout.xaxis.ticktext == ("766", "2", "509")
+    np.testing.assert_array_equal(drawn(Result(ranked).plot(), go.Scatter)[0].x, [766, 2, 509])
+
+
 def test_two_dimensions_are_a_heatmap_of_the_mean() -> None:
     result = gaps(prompt=3, layer=4, pos=2)
     figure = result.plot()
