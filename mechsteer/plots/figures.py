@@ -22,6 +22,7 @@ def draw(
     name: str | None = None,
     *,
     title: str | None = None,
+    along: str | None = None,
     facet: str | None = None,
     marks: str | None = None,
     limit: float | None = None,
@@ -37,7 +38,7 @@ def draw(
     - one dimension as a line, with a band where the Result has `<name>_low` and `<name>_high` to the array, or `low`
       and `high` to a drawn `mean`
     - two as a heatmap, the first of them along y with its first value on top, with colours centred at 0 if there are
-      values of both signs
+      values of both signs; or with `along`, which of them is along x of lines
     - three as a heatmap for each value of one of them, all on one scale
 
     Ticks show tokens where a coordinate `<dim>_token` or `token` lies along the dimension. Names and units are the
@@ -47,6 +48,7 @@ def draw(
         result: holds the array.
         name: of the array; None takes the only one, or "effect", or "mean".
         title: None takes the array's name.
+        along: the dimension along x, with one line for each cell of the others; None takes `alpha` or an only one.
         facet: the dimension whose values are drawn apart; None takes `site`, or else the first of three.
         marks: a boolean array; a dot stands on each cell of a heatmap where it is True. None takes "matters", if the
             Result has one of the same dimensions.
@@ -65,8 +67,15 @@ def draw(
         figure = scatter(result, _mean(array), _mean(_choose(result, against)), colour)
         return _finished(figure, title or f"{array.name} against {against}", array)
     dims = tuple(str(dim) for dim in array.dims if dim != "prompt")
-    is_map = len(dims) in (2, 3) and "alpha" not in dims
-    is_lines = len(dims) == 1 or "alpha" in dims
+    if along is None and ("alpha" in dims or len(dims) == 1):
+        along = "alpha" if "alpha" in dims else dims[0]
+    if along is not None and along not in dims:
+        raise MechsteerError(
+            f"along={along!r} is no dimension of {array.name!r} that lines could follow, which has "
+            f"{', '.join(dims) or 'none'} besides prompt. Pass one of these."
+        )
+    is_lines = along is not None
+    is_map = len(dims) in (2, 3) and not is_lines
     for_maps = {"marks": marks, "limit": limit} if not is_map else {}
     for option, value in (for_maps if is_lines else {"colour": colour} | for_maps).items():
         if value is not None:
@@ -75,12 +84,11 @@ def draw(
     if facet is not None and (facet not in dims or len(dims) != 3 or not is_map):
         raise MechsteerError(
             f"facet={facet!r} does not go with {array.name!r}, which has {', '.join(dims) or 'no dimension'} besides "
-            "prompt: it is one of three dimensions, none of which is alpha."
+            "prompt: it is one of three dimensions, none of which is along x of lines."
         )
     if not dims and "prompt" in array.dims:  # one number per prompt: each is a point
         figure = lines(array.astype(float), "prompt", mode="markers")
-    elif is_lines:
-        along = "alpha" if "alpha" in dims else dims[0]
+    elif along is not None:
         hues = None if colour is None else result[colour]
         figure = lines(array.astype(float), along, band=_band(result, array), colour=hues)
     elif is_map:

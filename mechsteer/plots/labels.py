@@ -52,11 +52,13 @@ def axis(array: xr.DataArray, dim: str, *, even: bool = False) -> tuple[np.ndarr
     """
     values = array[dim].values
     settings: dict[str, Any] = {"title": {"text": name_of(array[dim])}}
-    numbers = values.dtype.kind in "bifu" and not even
+    texts = _token_texts(array, dim)
+    # Numbers with texts that do not rise are names, such as features by rank: they stand in their order.
+    named = texts is not None and values.dtype.kind in "bifu" and not bool((np.diff(values.astype(float)) > 0).all())
+    numbers = values.dtype.kind in "bifu" and not even and not named
     places = values.astype(float) if numbers else np.arange(len(values))
     if numbers and array[dim].attrs.get("scale") == "log" and (places > 0).all():
         settings["type"] = "log"
-    texts = _token_texts(array, dim)
     if numbers and texts is None:
         return places, settings
     # Numbered by hand, because plotly merges equal labels and reads text such as "12" or "2024-01" as what it is not.

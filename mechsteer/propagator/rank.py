@@ -213,6 +213,7 @@ def rank_test(
         data = measured(model, axes, build, progress)
     else:
         data = _of_weights(model, axes, build, measured, progress)
+    data["k"].attrs["long_name"] = "number of directions"
     data = with_intervals(data, ["behaviour"], seed=seed)
     if texts is not None:
         data = with_intervals(data, ["cross_entropy", "kl"], over="text", seed=seed)

@@ -67,6 +67,27 @@ def test_alpha_runs_along_x_with_a_line_for_each_other_cell() -> None:
     assert len(drawn(gaps(prompt=2, layer=3, head=2, alpha=4).plot(), go.Scatter)) == 3 * 6
 
 
+def test_along_draws_lines_where_a_heatmap_would_be() -> None:
+    result = gaps(prompt=30, layer=3, pos=2)
+    low, high, line, *others = drawn(result.plot(along="layer"), go.Scatter)
+    np.testing.assert_allclose(line.y, result["gap"].sel(pos=0).mean("prompt"))
+    np.testing.assert_allclose([low.y, high.y], bootstrap_ci(result["gap"].sel(pos=0).values, seed=0))
+    assert line.name == "pos=0" and others[-1].name == "pos=1" and len(others) == 3
+    with pytest.raises(MechsteerError, match=r"along='head' is no dimension of 'gap' that lines could follow, which "):
+        result.plot(along="head")
+    with pytest.raises(MechsteerError, match=r"facet='pos' does not go with 'gap'"):
+        result.plot(along="layer", facet="pos")
+
+
+def test_numbers_that_are_names_stand_in_their_order() -> None:
+    ranked = xr.Dataset({"gap": ("feature", [3.0, 2.0, 1.0])}, {"feature": [766, 2, 509]})
+    named = Result(ranked.assign_coords(feature_token=("feature", ["766", "2", "509"]))).plot()
+    (line,) = drawn(named, go.Scatter)
+    np.testing.assert_array_equal(line.x, [0, 1, 2])
+    assert named.layout.xaxis.ticktext == ("766", "2", "509")
+    np.testing.assert_array_equal(drawn(Result(ranked).plot(), go.Scatter)[0].x, [766, 2, 509])
+
+
 def test_two_dimensions_are_a_heatmap_of_the_mean() -> None:
     result = gaps(prompt=3, layer=4, pos=2)
     figure = result.plot()
