@@ -27,6 +27,13 @@ from mechsteer.model import Model, load_model  # noqa: E402
 # The zoo's matrices are so small that handing them to more threads costs more than it saves.
 torch.set_num_threads(1)
 
+# A file runs in one process. These take minutes, so they start first: one that starts last keeps all others waiting.
+LONGEST = ("test_study_pocket", "test_cli", "test_prefix_cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def zoo_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:

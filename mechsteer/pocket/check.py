@@ -16,7 +16,6 @@ from torch import Tensor
 
 from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, load_causal_lm
 from mechsteer.backends.sae import SAE, auroc, read_sae, reconstruction
-from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, load_model
 from mechsteer.pocket.corpus import (
@@ -351,8 +350,3 @@ def corpus_cross_entropy(
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """The table as JSON."""
     path.write_text(json.dumps([asdict(row) | {"passed": row.passed} for row in rows], indent=1) + "\n")
-
-
-def shipped_sae() -> Path:
-    """The folder of the shipped sparse autoencoder."""
-    return data_path("saes", "pocket")
