@@ -99,7 +99,7 @@ def show(findings: Findings) -> list[Block]:
         Heading("From position to position"),
         Paragraph(_positions(summary)),
         Figure(
-            Result(results["flow"].data.transpose("layer", "pos", "prompt")).plot(
+            Result(_carried(results["flow"].data)).plot(
                 "carried", title="Carried by attention to other tokens", limit=100.0
             ),
             "Of random pushes at a token of the prefix before a layer, the share of their squared length at the end "
@@ -276,6 +276,12 @@ def _orders(summary: Mapping[str, Any] | Any) -> str:
     if free:
         return f"{text} Free propagation is the largest term from before {_named(free)} alone."
     return f"{text} Free propagation is the largest term from no layer: what arrives is mostly the blocks' work."
+
+
+def _carried(flow: xr.Dataset) -> xr.Dataset:
+    """What is at other tokens, under its own name: it was computed from what stays."""
+    carried = flow["carried"].transpose("layer", "pos", "prompt")
+    return flow.assign(carried=carried.assign_attrs(long_name="share at other tokens"))
 
 
 def _positions(summary: Mapping[str, Any] | Any) -> str:
