@@ -67,6 +67,13 @@ def test_alpha_runs_along_x_with_a_line_for_each_other_cell() -> None:
     assert len(drawn(gaps(prompt=2, layer=3, head=2, alpha=4).plot(), go.Scatter)) == 3 * 6
 
 
+def test_curves_over_tokens_are_named_by_their_texts() -> None:
+    result = gaps(token=2, alpha=3)
+    data = result.data.assign_coords(token=[1504, 7], text=("token", [" delight", HOSTILE]))
+    names = [line.name for line in drawn(Result(data).plot(), go.Scatter)]
+    assert names == ["token=·delight", "token=&lt;script&gt;alert(1)&lt;/scrip…"]
+
+
 def test_two_dimensions_are_a_heatmap_of_the_mean() -> None:
     result = gaps(prompt=3, layer=4, pos=2)
     figure = result.plot()
