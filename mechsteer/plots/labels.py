@@ -40,8 +40,9 @@ def name_of(array: xr.DataArray, *, width: int = 1000) -> str:
 
 
 def cell_name(array: xr.DataArray, dim: str, at: int) -> str:
-    """Such as "layer=3"."""
-    return plain(f"{dim}={shown(array[dim].values[at])}")
+    """Such as "layer=3"; of a token its text, where that is known."""
+    texts = _token_texts(array, dim)
+    return plain(f"{dim}={shown(array[dim].values[at]) if texts is None else short(texts[at])}")
 
 
 def axis(array: xr.DataArray, dim: str, *, even: bool = False) -> tuple[np.ndarray, dict[str, Any]]:
@@ -86,7 +87,8 @@ def hovers(array: xr.DataArray, more: dict[str, xr.DataArray] | None = None) -> 
 
 
 def _token_texts(array: xr.DataArray, dim: str) -> list[str] | None:
-    for name in (f"{dim}_token", "token"):
+    # Where ids stand along `token`, as in curves over tokens, `text` has their texts.
+    for name in (f"{dim}_token", "token", *(["text"] if dim == "token" else [])):
         if name != dim and name in array.coords and array[name].dims == (dim,) and array[name].dtype.kind in "OUT":
             return [str(text) for text in array[name].values]
     return None

@@ -88,6 +88,13 @@ def test_numbers_that_are_names_stand_in_their_order() -> None:
     np.testing.assert_array_equal(drawn(Result(ranked).plot(), go.Scatter)[0].x, [766, 2, 509])
 
 
+def test_curves_over_tokens_are_named_by_their_texts() -> None:
+    result = gaps(token=2, alpha=3)
+    data = result.data.assign_coords(token=[1504, 7], text=("token", [" delight", HOSTILE]))
+    names = [line.name for line in drawn(Result(data).plot(), go.Scatter)]
+    assert names == ["token=·delight", "token=&lt;script&gt;alert(1)&lt;/scrip…"]
+
+
 def test_two_dimensions_are_a_heatmap_of_the_mean() -> None:
     result = gaps(prompt=3, layer=4, pos=2)
     figure = result.plot()
