@@ -103,10 +103,11 @@ def test_vectors_of_the_last_token_of_a_concept_and_of_texts(
         files[name] = tmp_path / f"{name}.txt"
         files[name].write_text("\n".join(texts) + "\n")
     search = one.rows("search")
+    texts = ["--positive", str(files["positive"]), "--negative", str(files["negative"])]
     ways = {
         "last": (["--tokens", "last"], (one.prefixed[search], one.plain[search]), {"tokens": "last"}),
         "joy": (["--concept", "joy", "--negatives", "contrastive"], (joy.positives, joy.negatives), {}),
-        "own": (["--positive", str(files["positive"]), "--negative", str(files["negative"])], (ASKED[:3], ASKED[3:]), {}),
+        "own": (texts, (ASKED[:3], ASKED[3:]), {}),
     }  # fmt: skip
     for name, (arguments, groups, options) in ways.items():
         out = tmp_path / name
@@ -285,7 +286,7 @@ def test_names_that_help_and_completion_offer_are_those_that_there_are() -> None
         (["vector", cases.CATS, "--concept", "joy"], "a prefix and --concept are given: a vector is made of one of"),
         (["vector", "--positive", "{folder}/one.txt"], "--positive and --negative go together: give a file of texts"),
         (["vector", "--positive", "{folder}/no.txt", "--negative", "{folder}/one.txt"], "cannot be read (No such file"),
-        (["vector", "--positive", "{folder}/empty.txt", "--negative", "{folder}/one.txt"], "empty.txt is empty: give a"),
+        (["vector", "--positive", "{folder}/empty.txt", "--negative", "{folder}/one.txt"], "empty.txt is empty"),
         (["vector", "--concept", "envy"], "--concept 'envy' is none of joy, gloom"),
         (["vector", "--concept", "joy", "--negatives", "few"], "--negatives 'few' is none of random, contrastive"),
         (["vector", "--tokens", "all"], "--tokens 'all' is none of completion, last"),
@@ -301,9 +302,9 @@ def test_names_that_help_and_completion_offer_are_those_that_there_are() -> None
         (["strength", "--weight", "-1"], "--weight"),
         (["travel", "--from", "4", "--to", "2"], "--from 4 comes after --to 2: give layers in the order of the model"),
         (["travel", "--from", "4"], "--from 4 is no layer of pocket-1l, which has layers 0 to 0"),
-        (["travel"], "The prefix adds nothing at the fork before layer 0 of pocket-1l: attention has to carry it there"),
+        (["travel"], "The prefix adds nothing at the fork before layer 0 of pocket-1l: attention has to carry it"),
         (["features"], "No sparse autoencoder that ships with mechsteer belongs to pocket-1l"),
-        (["features", "--sae", "{folder}/nowhere"], "nowhere is no folder: give one in SAELens's format, or leave it out"),
+        (["features", "--sae", "{folder}/nowhere"], "nowhere is no folder: give one in SAELens's format"),
         (["features", "--sae", "pocket"], "pocket"),
         (["features", "--sort", "size"], "--sort 'size' is none of contrast, attribution, similarity"),
         (["features", "One.", "--prefix", "Two."], "the prefix is given twice, as 'One.' and as --prefix 'Two.'"),
