@@ -95,7 +95,8 @@ def test_the_page_draws_needs_no_network_and_takes_tokens_as_text(
 
 def test_several_pairs_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {
-        "clean": [CLEAN, CORRUPT], "corrupt": [CORRUPT, CLEAN], "right": [" Mary", " John"], "wrong": [" John", " Mary"],
+        "clean": [CLEAN, CORRUPT], "corrupt": [CORRUPT, CLEAN],
+        "right": [" Mary", " John"], "wrong": [" John", " Mary"],
     }  # fmt: skip
     paths = {}
     for name, lines in files.items():
