@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.backends.sae import read_sae
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError, ModelLoadError
@@ -106,6 +107,17 @@ class SparseAutoencoder:
     def d_in(self) -> int:
         """Width of the activations, all heads together."""
         return self.decoder.shape[1]
+
+    def _repr_html_(self) -> str:
+        weights = "folded or centred weights" if self.processed else "unprocessed weights"
+        rows = {
+            "site": markup.code(self.site),
+            "features": f"{self.n_features:,}, of activations of width {self.d_in}",
+            "trained on": weights,
+            "architecture": self.module.cfg.architecture(),
+            "hash": markup.code(self.hash[:12]),
+        }
+        return markup.card("SparseAutoencoder", markup.facts(rows), about=self.name)
 
     def encode(self, x: Float[Tensor, "*row d_in"]) -> Float[Tensor, "*row feature"]:
         """Activations of all features."""

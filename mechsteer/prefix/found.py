@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, stamp
 from mechsteer.prefix.moves import Ids
@@ -68,6 +69,17 @@ class FoundPrefix:
             f"FoundPrefix({self.text!r} by {self.method}: loss {start:.3g} -> {self.loss:.3g}, "
             f"{self.evaluated} candidates{'' if self.finished else ', interrupted'})"
         )
+
+    def _repr_html_(self) -> str:
+        start = float(self.trajectory["loss"].values[0])
+        rows = {
+            "text": markup.code(repr(self.text)),
+            "ids": markup.code(markup.brief(list(self.ids))),
+            "loss": f"{start:.4g} at the start, {self.loss:.4g} now",
+            "candidates": f"{self.evaluated}{'' if self.finished else ', interrupted'}",
+            "survives as text in": f"{sum(self.round_trip)} of {len(self.round_trip)} prompts",
+        }
+        return markup.card("FoundPrefix", markup.facts(rows), about=f"by {self.method}")
 
 
 def found_prefix(trajectory: Result, found: dict[str, Any]) -> FoundPrefix:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, stamp
 from mechsteer.model import Model, PromptsLike
@@ -94,6 +95,17 @@ class MatchedPrefix:
     def __repr__(self) -> str:
         losses = " -> ".join(f"{stage} {float(self.stages['loss'].sel(stage=stage)):.3g}" for stage in STAGES)
         return f"MatchedPrefix({self.text!r}: {losses})"
+
+    def _repr_html_(self) -> str:
+        data = self.stages.data
+        columns = [name for name in ("loss", "held_out_loss", "evaluated") if name in data]
+        texts = [str(text) for text in data["text"].values] if "text" in data.variables else [""] * len(data["stage"])
+        rows = [
+            (str(stage), *(data[name].values[at].item() for name in columns), markup.code(repr(texts[at])))
+            for at, stage in enumerate(data["stage"].values)
+        ]
+        table = markup.table(("stage", *(name.replace("_", " ") for name in columns), "text"), rows)
+        return markup.card("MatchedPrefix", table, about=f"{self.text!r}, {self.gap_closed:.0%} of the gap closed")
 
 
 def match_prefix(

@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.errors import MechsteerError
 from mechsteer.interventions import SoftPrefix
 from mechsteer.model import Model, PromptsLike
@@ -69,6 +70,15 @@ class Hardened:
             f"Hardened({self.text!r}: soft {self.soft_loss:.3g}, nearest tokens {self.nearest_loss:.3g}, "
             f"these {self.loss:.3g}; {self.evaluations} evaluations)"
         )
+
+    def _repr_html_(self) -> str:
+        rows = {
+            "text": markup.code(repr(self.text)),
+            "loss": f"soft prefix {self.soft_loss:.4g}, nearest tokens {self.nearest_loss:.4g}, these {self.loss:.4g}",
+            "gap closed": f"{self.gap_closed:.0%}",
+            "evaluations": self.evaluations,
+        }
+        return markup.card("Hardened", markup.facts(rows), about=f"{len(self.ids)} tokens")
 
 
 def project(model: Model, soft: Soft, *, by: str = "cosine", allowed: Sequence[int] | None = None) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsteer import markup
 from mechsteer.activations import ModelId
 from mechsteer.errors import MechsteerError
 from mechsteer.files import open_tensors, save_tensors, stamp
@@ -122,6 +123,14 @@ class FoundSoft:
             f"FoundSoft({n_slots} slots of {d_model}: loss {first:.3g} -> {self.loss:.3g}, best of {n_restarts} "
             f"restarts after {steps} steps)"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (restart, loss, "best" * (restart == self.best_restart))
+            for restart, loss in enumerate(self.losses.tolist())
+        ]
+        about = f"{self.restarts.shape[1]} slots, {self.model.name}{', interrupted' if self.interrupted else ''}"
+        return markup.card("FoundSoft", markup.table(("restart", "loss", ""), rows), about=about)
 
 
 def optimise_soft_prefix(

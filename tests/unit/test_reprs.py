@@ -21,6 +21,7 @@ from mechsteer import model as model_module
 from mechsteer.activations import ModelId, SiteMap
 from mechsteer.judges import Judge
 from mechsteer.plots import plain
+from mechsteer.prefix import FoundPrefix, FoundSoft, Hardened, MatchedPrefix
 from mechsteer.propagator import RankEdit, gap_gradient, prompt_vector, search_tokens
 from mechsteer.recording.reader import TokenRows, TopK
 from mechsteer.result import provenance
@@ -102,16 +103,41 @@ NOUNS: dict[str, Callable[[], Any]] = {
     "Scale": lambda: ms.Scale("blocks.0.attn.hook_z[head=1]", torch.tensor([0.5, 2.0])),
     "Site": lambda: ms.Site("z", 0, head=1),
     "SoftPrefix": lambda: ms.SoftPrefix(torch.zeros(3, model().d_model)),
+    "SparseAutoencoder": lambda: ms.load_sae("pocket"),
     "StateMatch": lambda: ms.StateMatch(run().activations, SITE),
     "Study": study,
     "Sum": lambda: gap() - 0.1 * ms.KLFromBaseline(run()),
     "TeacherForcedCE": ms.TeacherForcedCE,
     "TokenProb": lambda: ms.TokenProb(range(20)),
 }
+
+
+def found() -> FoundPrefix:
+    trajectory = ms.Result(xr.Dataset({"loss": ("evaluated", [3.0, 1.0])}))
+    return FoundPrefix((5, 6), "a <b>cat", 1.0, trajectory, 2, (True, True), "beam")
+
+
+def soft() -> FoundSoft:
+    history = xr.Dataset({"loss": (("step", "restart"), [[3.0], [0.5]])})
+    return FoundSoft(
+        torch.zeros(1, 2, 4), torch.tensor([0.5]), ms.Result(history, provenance=provenance(ended="steps")), model().id
+    )
+
+
+def stages() -> ms.Result:
+    values = {"loss": ("stage", [0.5, 3.0, 2.0, 1.0]), "evaluated": ("stage", [0, 4, 40, 99])}
+    coordinates = {"stage": ["soft", "projected", "beam", "final"]}
+    return ms.Result(xr.Dataset(values | {"text": ("stage", ["", "b", "a dog", "a <b>cat"])}, coordinates))
+
+
 # What calls give that is in no list of public names.
 GIVEN: dict[str, Callable[[], Any]] = {
     "EmbeddingGradient": lambda: gap_gradient(model(), prompts(), measure=gap(), progress=False),
     "Estimate": lambda: ms.Propagator(model(), prompts(), "embed", SITE).trace(),
+    "FoundPrefix": found,
+    "Hardened": lambda: Hardened((5, 6), "a cat", 0.5, 2.0, 1.0, 40, ms.Result(xr.Dataset())),
+    "MatchedPrefix": lambda: MatchedPrefix(soft(), found(), stages()),
+    "FoundSoft": soft,
     "FoundTokens": lambda: search_tokens(model(), prompts(), measure=gap(), n_tokens=1, progress=False),
     "Mean": lambda: ms.Propagator(model(), prompts(), "embed", SITE).mean(),
     "PromptVector": lambda: prompt_vector(model(), prompts(), [5, 6]),
@@ -174,7 +200,6 @@ def public_classes() -> set[str]:
         "Request",
         "Findings",
         "Chapter",
-        "SparseAutoencoder",
     }
     return {
         name
