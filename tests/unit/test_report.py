@@ -18,9 +18,11 @@ import mechsteer as ms
 from mechsteer import plots
 from mechsteer.activations import ModelId
 from mechsteer.study import Chapter, Findings, Settings, as_requests
-from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Heading, Paragraph, Table, View
+from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Heading, Paragraph, Source, Table, View
 from mechsteer.study.chapter import Finished
+from mechsteer.study.executive import Answer
 from mechsteer.study.report import Section, cell, headline, marked, prose, render, safe_json
+from mechsteer.study.sentences import Cited, Sentence
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\">&amp;\u2028' {{ 7 * 7 }} \ud800"
 SHOWN = html.escape(HOSTILE, quote=False).split(">&amp;amp;")[0]
@@ -31,12 +33,12 @@ def section(blocks: Sequence[Block], *, name: str = "first", failure: str | None
     return Section.of(chapter, Finished(Findings(), 1.25, "2026-01-02T03:04:05+00:00", "cpu", "0.1.0"), failure)
 
 
-def page(*sections: Section, **settings: Any) -> str:
+def page(*sections: Section, answers: Sequence[Answer] = (), **settings: Any) -> str:
     given = Settings.of(
         **({"prefix": "Talk only about cats.", "requests": as_requests(["a", "b", "c"], seed=0)} | settings)
     )
     commands = {"shell": "mechsteer study 'Talk'", "python": "study('Talk')"}
-    return render(given, ModelId("pocket", "0123456789abcdef", False), sections, commands=commands)
+    return render(given, ModelId("pocket", "0123456789abcdef", False), sections, commands=commands, answers=answers)
 
 
 def figure(text: str = "layer") -> go.Figure:
@@ -50,8 +52,8 @@ def every_block(text: str) -> list[Block]:
     return [
         Paragraph(text),
         Heading(text),
-        Cards([(text, text, text)]),
-        Table([text, "n"], [[text, 1], [text, None]], text),
+        Cards([(text, text, text)], sources=[Source("cards", text, text, text)]),
+        Table([text, "n"], [[text, 1], [text, None]], text, sources=[Source("table", text, text, text)]),
         Columns([text, text], [[text, text]] * 8, text, words=["owned"], shown=2),
         Figure(figure(text), text),
         View(plots.attention(attention, [text, "b", "c"]), text),
@@ -122,6 +124,26 @@ def test_hostile_texts_stay_text() -> None:
     shown.encode("utf-8")
     # Every script that begins ends once, so no text ended one early.
     assert len(re.findall(r"<script\b", text)) == len(re.findall(r"</script>", text))
+
+
+def test_the_executive_summary_is_text_and_leads_to_what_shows_it() -> None:
+    said = Sentence((HOSTILE, Cited(HOSTILE, "first", (HOSTILE,), strong=True)), "first", "table")
+    nowhere = Sentence(("It is not shown.",), "absent", "cards")
+    shown = page(section(every_block("cats")), answers=(Answer(HOSTILE, (said, nowhere)),))
+    text = own_markup(shown)
+    assert "<img" not in text and "It is not shown." in text and 'href="#absent' not in text
+    assert 'href="#first-table" aria-label="Shown in chapter 1, Title first"' in text
+    assert text.count('id="first-table"') == 1 == text.count('id="first-cards"')
+    assert "<b title=" in text and len(re.findall(r"<script\b", text)) == len(re.findall(r"</script>", text))
+
+
+def test_code_is_a_program_with_its_imports_first() -> None:
+    source = Source("x", "Numbers", "study.results", "import numpy as np\n\nfrom a import b\n\nx = b()\n\nx + 1")
+    assert source.loading("out") == "from mechsteer.study import load\n\nstudy = load('out')\nstudy.results"
+    assert source.measuring("o'ut") == (
+        "import numpy as np\n\nfrom a import b\nfrom mechsteer.study import load\n\n"
+        'study = load("o\'ut")\ncase = study.case()\nx = b()\n\nx + 1'
+    )
 
 
 def test_a_chapter_that_cannot_be_shown_says_why() -> None:
