@@ -288,7 +288,8 @@ def _lines(array: "xr.DataArray", title: str, y: str, x: str) -> "go.Figure":
     from mechsteer.plots.lines import lines
     from mechsteer.study.curves import named_lines
 
-    array = array.transpose("line", "layer", ...).assign_attrs(long_name=y).rename("value")
+    array = array.transpose("line", "layer", ...).rename("value")
+    array.attrs = {"long_name": y}  # which names its units
     array["layer"].attrs["long_name"] = x
     return named_lines(lines(array, "layer"), "line=", title).update_xaxes(dtick=1)
 

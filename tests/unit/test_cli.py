@@ -36,8 +36,8 @@ def test_public_names() -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        [], ["study"], ["patch"], ["travel"], ["strength"], ["prefix"], ["features"], ["vector"], ["models"], ["pocket"],
-        ["pocket", "try"], ["pocket", "train"], ["pocket", "check"],
+        [], ["study"], ["patch"], ["travel"], ["strength"], ["prefix"], ["features"], ["vector"], ["models"],
+        ["pocket"], ["pocket", "try"], ["pocket", "train"], ["pocket", "check"],
     ],
 )  # fmt: skip
 def test_help(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
