@@ -288,7 +288,8 @@ def _lines(array: "xr.DataArray", title: str, y: str, x: str) -> "go.Figure":
     from mechsteer.plots.lines import lines
     from mechsteer.study.curves import named_lines
 
-    array = array.transpose("line", "layer", ...).assign_attrs(long_name=y).rename("value")
+    array = array.transpose("line", "layer", ...).rename("value")
+    array.attrs = {"long_name": y}  # which names its units
     array["layer"].attrs["long_name"] = x
     return named_lines(lines(array, "layer"), "line=", title).update_xaxes(dtick=1)
 
@@ -323,8 +324,9 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
     note = Text(
         "Behind each block: length and cosine of the push to itself at the start; the same as the Propagator J "
         "foretells it (cosine with the true one); cosine with what the whole prefix adds there; c and the rest of "
-        "J = c I + R. Before it: share of the logit gap's change that the prefix's own push there brings about; length "
-        "of the mean push, and where the gradient is 10 % off, in lengths of the stream.",
+        "J = c I + R. Before it: share of the logit gap's change that the prefix's own push there brings about; "
+        "length of the mean "
+        "push, and where the gradient is 10 % off, in lengths of the stream.",
         "dim",
     )
     return [Text(_lead(summary)), terminal.table(columns, rows, numbers=columns), note]

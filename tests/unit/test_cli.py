@@ -1,9 +1,11 @@
 """The command line: help with examples, one clear line for a mistake, exit statuses."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,12 +34,19 @@ def test_public_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["study"], ["prefix"], ["pocket"], ["pocket", "try"], ["pocket", "train"], ["pocket", "check"]]
-)
+    "command",
+    [
+        [], ["study"], ["patch"], ["travel"], ["strength"], ["prefix"], ["features"], ["vector"], ["models"],
+        ["pocket"], ["pocket", "try"], ["pocket", "train"], ["pocket", "check"],
+    ],
+)  # fmt: skip
 def test_help(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*command, "--help", monkeypatch=monkeypatch) == 0
     out = capsys.readouterr().out
     assert "Usage" in out
+    assert "Exit status: 0 done" in " ".join(out.split()) and "130 stopped with Ctrl-C" in " ".join(out.split())
+    if command != ["pocket"]:
+        assert "--json" in out
     if command and command != ["pocket"]:
         assert "Examples" in out
         assert f"mechsteer {' '.join(command)}" in out.split("Examples")[1]
@@ -117,3 +126,63 @@ def test_train_writes_a_model_that_try_reads(
     assert run("pocket", "try", "--model", out, monkeypatch=monkeypatch) == 0
     assert run("pocket", "train", "--model", "pocket-1l", "--out", out, monkeypatch=monkeypatch) == 2
     assert "holds a finished model" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("mechsteer pa", {"patch"}),
+        ("mechsteer patch --site resid_p", {"resid_pre", "resid_post"}),
+        ("mechsteer patch --site z,resid_m", {"z,resid_mid"}),
+        ("mechsteer patch --over layer,h", {"layer,head"}),
+        ("mechsteer study --chapters behaviour,tr", {"behaviour,travel"}),
+        ("mechsteer vector --concept j", {"joy"}),
+        ("mechsteer strength --topic ca", {"cats"}),
+        ("mechsteer travel --model pocket-", {"pocket-1l"}),
+    ],
+)
+def test_the_shell_completes_without_torch(typed: str, offered: set[str]) -> None:
+    code = (
+        "import sys\nfrom mechsteer.cli import app\n"
+        "try:\n    app(prog_name='mechsteer')\n"
+        "finally:\n    print('torch' in sys.modules, file=sys.stderr)"
+    )
+    words = {"_MECHSTEER_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | words, capture_output=True, text=True)
+    assert set(done.stdout.split()) == offered and done.stderr.strip() == "False"
+
+
+def test_json_is_one_document_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def document(*arguments: str, status: int = 0) -> Any:
+        assert run(*arguments, "--json", monkeypatch=monkeypatch) == status
+        return json.loads(capsys.readouterr().out)
+
+    (tmp_path / "asked.txt").write_text("Tell me about your day.\nWrite a poem.\n")
+    answers = document("pocket", "try", "--request", "Write a poem.", "--model", "pocket-1l")["answers"]
+    assert [each["request"] for each in answers] == ["Write a poem."] and answers[0]["without"] and answers[0]["with"]
+    about = document("models", "pocket-1l")
+    model = mechsteer.load_model("pocket-1l", device="cpu")
+    assert about["hash"] == model.id.hash and about["layers"] == 1 and about["d_model"] == model.d_model
+    assert about["logits_agree"] is True and about["tokenizer"]["chat_template"] is True
+    small = ["--requests", str(tmp_path / "asked.txt"), "--model", "pocket-1l", "--max-new-tokens", "4"]
+    study = document("study", "--chapters", "behaviour", "--out", str(tmp_path / "study"), *small)
+    assert study["command"] == "study" and Path(study["report"]).is_file() and study["headline"][0]["value"]
+
+
+def test_check_prints_and_writes_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mechsteer.pocket import check
+
+    rows = [check.Row("answers", 0.5, ">=", 0.9, 12), check.Row("declines", 0.1, "<=", 0.2, 12)]
+    monkeypatch.setattr(check.PocketCheck, "__init__", lambda self, *args, **options: None)
+    monkeypatch.setattr(check.PocketCheck, "rows", lambda self: rows)
+    out = tmp_path / "check.json"
+    assert run("pocket", "check", "--json", "--out", str(out), monkeypatch=monkeypatch) == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows"] == json.loads(out.read_text()) and printed["passed"] is False
+    assert [row["passed"] for row in printed["rows"]] == [True, False][::-1]
+    assert run("pocket", "check", "--out", str(tmp_path / "no" / "x.json"), monkeypatch=monkeypatch) == 2
+    assert "cannot be written: give a file in a folder that exists" in capsys.readouterr().err
