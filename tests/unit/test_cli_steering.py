@@ -125,8 +125,8 @@ def test_vectors_of_the_last_token_of_a_concept_and_of_texts(
 def test_the_strength_of_a_prefix_is_that_of_the_study(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = run(capsys, "strength", cases.CATS, *small, "--quiet", "--json")
-    about, expected = said.json, chosen_vector(case())
+    said = run(capsys, "strength", cases.CATS, *small, "--model", "pocket-1l", "--quiet", "--json")
+    about, expected = said.json, chosen_vector(case("pocket-1l"))
     assert said.err == "" and said.status == (0 if about["works"] else 1)
     found = ms.Result.load(tmp_path / "out" / "strength.safetensors")
     same(found["alpha"], expected.chosen.result["alpha"])
