@@ -325,8 +325,7 @@ def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
         "Behind each block: length and cosine of the push to itself at the start; the same as the Propagator J "
         "foretells it (cosine with the true one); cosine with what the whole prefix adds there; c and the rest of "
         "J = c I + R. Before it: share of the logit gap's change that the prefix's own push there brings about; "
-        "length of the mean "
-        "push, and where the gradient is 10 % off, in lengths of the stream.",
+        "length of the mean push, and where the gradient is 10 % off, in lengths of the stream.",
         "dim",
     )
     return [Text(_lead(summary)), terminal.table(columns, rows, numbers=columns), note]
