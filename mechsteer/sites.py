@@ -64,7 +64,10 @@ class Sites:
 
     def __getattr__(self, kind: str) -> "tuple[Site, ...] | Site":
         """The sites of a kind at all layers; the site itself where the kind has no layers."""
-        if kind.startswith("_") or kind not in KINDS:
+        if kind.startswith("_"):
+            # Also asked of an object that has no attributes yet, such as a copy under way.
+            raise AttributeError(kind)
+        if kind not in KINDS:
             raise AttributeError(f"{kind!r} is no kind of site. {self._name} has {', '.join(self.kinds)}.")
         if kind not in self.kinds:
             raise AttributeError(f"{self._name} has no {kind}. It has {', '.join(self.kinds)}.")

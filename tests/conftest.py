@@ -28,7 +28,7 @@ from mechsteer.model import Model, load_model  # noqa: E402
 torch.set_num_threads(1)
 
 # A file runs in one process. These take minutes, so they start first: one that starts last keeps all others waiting.
-LONGEST = ("test_study_pocket", "test_cli", "test_prefix_cli")
+LONGEST = ("test_cli", "test_cli_steering", "test_prefix_cli", "test_chapter_strength", "test_corpus")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -115,9 +115,12 @@ def test_train_writes_a_model_that_try_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dataclasses import replace
+    from functools import partial
 
     from mechsteer.pocket import train
 
+    # The grammar's text for the tokenizer takes most of the time.
+    monkeypatch.setattr(train, "train_tokenizer", partial(train.train_tokenizer, documents=4000))
     tiny = replace(train.RECIPES["pocket-1l"], d_model=16, n_heads=2, d_mlp=32, rows=2)
     monkeypatch.setitem(train.RECIPES, "pocket-1l", tiny)
     out = str(tmp_path / "run")

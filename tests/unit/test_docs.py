@@ -35,6 +35,7 @@ def _load(*what: object, **options: object) -> ms.Model:
     return _real_load(*what, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_python_of_a_page_runs_and_prints_what_it_shows(

@@ -395,7 +395,13 @@ def test_themes_change_colours_and_nothing_else() -> None:
         figure.layout.template.to_plotly_json()["layout"] == plots.PAPER["template"]["layout"]
     )  # and nothing of plotly's
     assert plots.theme(dark).layout.template == figure.layout.template
-    assert figure.layout.template.layout.paper_bgcolor == "rgba(0,0,0,0)"
+    # Dark text would not be legible on a dark notebook; a page of a report has a ground of its own.
+    assert figure.layout.template.layout.paper_bgcolor == "#ffffff"
+    assert (
+        dark.layout.template.layout.paper_bgcolor
+        == "rgba(0,0,0,0)"
+        == plots.LIGHT["template"]["layout"]["paper_bgcolor"]
+    )
 
 
 @needs_browser

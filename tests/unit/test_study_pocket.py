@@ -19,6 +19,8 @@ from mechsteer.study.blocks import Block, Cards, Columns, Details, Figure, Sourc
 from mechsteer.study.chapters import NAMES, chapters
 from mechsteer.study.executive import QUESTIONS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Study:
