@@ -31,7 +31,12 @@ def reference(module: str, *, inherited: bool) -> str:
 
 
 def identifier(module: str, name: str) -> str:
-    """The path of a public name; where a file of the module has the same name, the path within that file."""
+    """The path under which the reference has a public name: that of its room, which has a page, rather than mechsteer's
+    own; and where a file of the room has the same name, the path within that file."""
+    if module == "mechsteer":
+        room = ".".join(getattr(importlib.import_module(module), name).__module__.split(".")[:2])
+        if name in getattr(importlib.import_module(room), "__all__", ()):
+            module = room
     is_package = hasattr(importlib.import_module(module), "__path__")
     hidden = is_package and importlib.util.find_spec(f"{module}.{name}") is not None
     return f"{module}.{name}.{name}" if hidden else f"{module}.{name}"
