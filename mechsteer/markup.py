@@ -24,6 +24,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
+def quoted(text: str) -> str:
+    """A text in one line: in quotes, with escapes for what does not print."""
+    return f'"{printable(text)}"'
+
+
 def shown(value: object) -> Markup:
     """A value as HTML: markup as it is, anything else as escaped text."""
     return value if isinstance(value, Markup) else escape(printable(str(value)))

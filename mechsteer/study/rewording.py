@@ -18,6 +18,7 @@ from mechsteer.backends.autoencoder import load_sae
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, stamp
 from mechsteer.judges import telltale_words
+from mechsteer.markup import quoted
 from mechsteer.model import Model, load_model
 from mechsteer.objectives import FeatureActivation, Objective, StateMatch
 from mechsteer.prefix import Constraints, MatchedPrefix, RoundTrip, evaluate_prefixes, match_prefix
@@ -308,7 +309,7 @@ class _Job:
         if not match.found.finished:
             raise KeyboardInterrupt
         finished.append("search")
-        self.log.done(f"search: loss {match.loss:.4f}, {report.quoted(match.text)}")
+        self.log.done(f"search: loss {match.loss:.4f}, {quoted(match.text)}")
         losses = {
             half: float(CandidateLosses(case.model, *targeted).of([self.reference])[0])
             for half, targeted in targets.items()

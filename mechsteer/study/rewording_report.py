@@ -10,8 +10,9 @@ import plotly.graph_objects as go
 import xarray as xr
 from markupsafe import Markup
 
+from mechsteer.markup import quoted
 from mechsteer.plots import theme
-from mechsteer.plots.labels import plain, printable
+from mechsteer.plots.labels import plain
 from mechsteer.plots.lines import lines
 from mechsteer.plots.themes import PALETTE
 from mechsteer.prefix import MatchedPrefix
@@ -30,11 +31,6 @@ LOSSES = {"behaviour": "cross entropy (nats a token)", "state": "minus the cosin
 """What the loss of a target is."""
 _HALVES = ("search", "held-out")
 _MOST_POINTS = 4000
-
-
-def quoted(text: str) -> str:
-    """A prefix in one line: in quotes, and with escapes for what does not print."""
-    return f'"{printable(text)}"'
 
 
 def table(evaluations: Mapping[str, Result], losses: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:

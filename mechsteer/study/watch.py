@@ -14,8 +14,9 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from mechsteer.markup import quoted
 from mechsteer.study.log import Log
-from mechsteer.study.rewording_report import OURS, STAGES, evaluations, quoted, table
+from mechsteer.study.rewording_report import OURS, STAGES, evaluations, table
 
 if TYPE_CHECKING:
     from mechsteer.study.rewording import Rewording

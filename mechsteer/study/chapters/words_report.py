@@ -8,8 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
+from mechsteer.markup import printable, quoted
 from mechsteer.plots import plain, theme, tokens
-from mechsteer.plots.labels import printable
 from mechsteer.plots.themes import PALETTE
 from mechsteer.prefix.evaluation import RANDOM, REFERENCE
 from mechsteer.study.blocks import Block, Cards, Cell, Columns, Details, Figure, Heading, Paragraph, Table, View
@@ -94,11 +94,6 @@ _SHOWN = (REFERENCE, OURS, HOTFLIP)
 
 
 # ---- sentences ----
-
-
-def quoted(text: str) -> str:
-    """A prefix in one line: in quotes, with escapes for what does not print."""
-    return f'"{printable(text)}"'
 
 
 def headline(summary: Summary) -> str:
