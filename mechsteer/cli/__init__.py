@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from mechsteer.cli import features, models, patch, pocket, prefix, strength, study, terminal, travel, vector
-from mechsteer.cli.options import CHAPTERS, epilog
+from mechsteer.cli.options import CHAPTERS, epilog, expanded
 from mechsteer.errors import MechsteerError
 
 __all__ = ["CHAPTERS", "app", "main"]
@@ -40,14 +40,14 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 # In the order of the help.
-app.command(epilog=study.EPILOG)(study.study)
-app.command(epilog=patch.EPILOG)(patch.patch)
-app.command(epilog=travel.EPILOG)(travel.travel)
-app.command(epilog=strength.EPILOG)(strength.strength)
-app.command(epilog=prefix.EPILOG)(prefix.prefix)
-app.command(epilog=features.EPILOG)(features.features)
-app.command(epilog=vector.EPILOG)(vector.vector)
-app.command(epilog=models.EPILOG)(models.models)
+app.command(epilog=study.EPILOG)(expanded(study.study))
+app.command(epilog=patch.EPILOG)(expanded(patch.patch))
+app.command(epilog=travel.EPILOG)(expanded(travel.travel))
+app.command(epilog=strength.EPILOG)(expanded(strength.strength))
+app.command(epilog=prefix.EPILOG)(expanded(prefix.prefix))
+app.command(epilog=features.EPILOG)(expanded(features.features))
+app.command(epilog=vector.EPILOG)(expanded(vector.vector))
+app.command(epilog=models.EPILOG)(expanded(models.models))
 app.add_typer(pocket.app, name="pocket")
 
 

@@ -13,7 +13,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from mechsteer.cli import terminal
-from mechsteer.cli.options import plain
+from mechsteer.cli.options import Question, Running, plain
 from mechsteer.errors import MechsteerError
 
 if TYPE_CHECKING:
@@ -64,15 +64,14 @@ class Command:
         title: what it is about, in a line.
         out: its folder.
         asked: all that the answer depends on, as JSON. Another command on the same folder must not differ in it.
-        json, quiet: the options of these names.
+        running: its options `json` and `quiet` say how the answer is told.
     """
 
     name: str
     title: str
     out: Path
     asked: Mapping[str, Any]
-    json: bool
-    quiet: bool
+    running: Running
 
     def run(
         self,
@@ -93,12 +92,12 @@ class Command:
                 something else; nothing was written then.
             KeyboardInterrupt: it was stopped.
         """
-        with terminal.for_machines(self.json):
+        with terminal.for_machines(self.running.json):
             summary = self._kept() or self._made(work)
-        if self.json:
+        if self.running.json:
             terminal.document(summary)
             return summary
-        if not self.quiet:
+        if not self.running.quiet:
             terminal.say(show(summary))
         files = ", ".join(summary["files"])
         terminal.say([Text.assemble("wrote: ", (str(self.out), "bold"), f" ({files})")], whole=True)
@@ -148,9 +147,9 @@ class Command:
 
         folder, new = self.out, not self.out.exists()
         free = new or not (folder / ASKED).exists()
-        with terminal.status("starting", quiet=self.quiet):
+        with terminal.status("starting", quiet=self.running.quiet):
             import mechsteer.model  # noqa: F401  (what takes seconds to import)
-        log = Log(show=not self.quiet)
+        log = Log(show=not self.running.quiet)
         log.title(self.title, str(folder))
         with folders.locked(folder):
             kept = self._kept()  # again: another process may have been here before the lock
@@ -221,7 +220,7 @@ def loaded(model: str, device: str | None, dtype: str, log: "Log") -> "Model":
     return load_model(model, device=device, dtype=getattr(torch, dtype))
 
 
-def settings_of(prefix: str, requests: Path | None, **values: Any) -> "Settings":
+def settings_of(prefix: str, question: Question, running: Running, **others: Any) -> "Settings":
     """The settings of a steering question, with the requests of a file or the shipped ones.
 
     Raises:
@@ -230,8 +229,14 @@ def settings_of(prefix: str, requests: Path | None, **values: Any) -> "Settings"
     from mechsteer.study.requests import shipped
     from mechsteer.study.settings import Settings, as_requests
 
-    asked = shipped() if requests is None else as_requests(requests, seed=values["seed"])
-    return Settings.of(prefix=prefix, requests=asked, **values)
+    requests = question.requests
+    return Settings.of(
+        prefix=prefix,
+        requests=shipped() if requests is None else as_requests(requests, seed=running.seed),
+        max_new_tokens=question.max_new_tokens,
+        **running.settings,
+        **others,
+    )
 
 
 def case_of(settings: "Settings", log: "Log", folder: Path) -> "Case":

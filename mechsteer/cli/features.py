@@ -44,28 +44,20 @@ def features(
         ),
     ] = "contrast",
     out: options.Out = Path("features"),
-    model: options.Model = "pocket",
-    prefix: options.Prefix = None,
-    requests: options.Requests = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
-    seed: options.Seed = 0,
-    max_new_tokens: options.MaxNewTokens = 40,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
+    *,
+    question: options.Question,
+    running: options.Running,
 ) -> None:
     """Rank the features of a sparse autoencoder in three ways: which a prefix raises, uses and resembles."""
     options.choice(sort, RANKINGS, "--sort")
-    about = options.prefix_of(text, prefix)
-    settings = settings_of(
-        about, requests, model=model, device=device, dtype=dtype, seed=seed, max_new_tokens=max_new_tokens
-    )
+    about = options.prefix_of(text, question.prefix)
+    settings = settings_of(about, question, running)
     asked = identity(settings) | {"sae": sae, "top": top, "sort": sort}
 
     def work(log: "Log", folder: Path) -> Answer:
         return _ranked(settings, asked, log, folder)
 
-    Command("features", f'Features of "{about}"', out.expanduser(), asked, json, quiet).run(work, _shown)
+    Command("features", f'Features of "{about}"', out.expanduser(), asked, running).run(work, _shown)
 
 
 def _ranked(settings: "Settings", asked: Mapping[str, Any], log: "Log", folder: Path) -> Answer:

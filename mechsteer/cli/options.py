@@ -1,10 +1,12 @@
 """The options that commands share, declared once; what completes them; and how their values are read."""
 
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -118,16 +120,6 @@ Text = Annotated[
     str | None,
     typer.Argument(metavar="PREFIX", help=f'The instruction. Default: "{PREFIX}"', autocompletion=complete_prefixes),
 ]
-Prefix = Annotated[
-    str | None,
-    typer.Option(help="The same as PREFIX, or a file that holds it.", autocompletion=complete_prefixes),
-]
-Model = Annotated[
-    str, typer.Option(help='"pocket", "pocket-1l", a hub name, or a folder.', autocompletion=complete_models)
-]
-Requests = Annotated[
-    Path | None, typer.Option(help="A .txt file with one request a line, or a .jsonl file. Default: shipped ones.")
-]
 Words = Annotated[
     str, typer.Option(help='Words that show the behaviour, such as "cat,cats", for prefixes of no known topic.')
 ]
@@ -137,10 +129,67 @@ Device = Annotated[
     typer.Option(help='"cpu", "cuda", ... Default: CUDA where there is one.', autocompletion=one_of("cpu", "cuda")),
 ]
 Dtype = Annotated[str, typer.Option(help='Of the weights: "float32", "bfloat16", ...', autocompletion=one_of(*DTYPES))]
-Seed = Annotated[int, typer.Option(min=0, help="Of all randomness.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the completions.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell nothing on the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")]
+
+
+@dataclass(frozen=True)
+class Question:
+    """The options of every command about a prefix, besides its argument."""
+
+    prefix: Annotated[
+        str | None,
+        typer.Option(help="The same as PREFIX, or a file that holds it.", autocompletion=complete_prefixes),
+    ] = None
+    requests: Annotated[
+        Path | None, typer.Option(help="A .txt file with one request a line, or a .jsonl file. Default: shipped ones.")
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the completions.")] = 40
+
+
+@dataclass(frozen=True)
+class Running:
+    """The options of every command that runs a model."""
+
+    model: Annotated[
+        str, typer.Option(help='"pocket", "pocket-1l", a hub name, or a folder.', autocompletion=complete_models)
+    ] = "pocket"
+    device: Device = None
+    dtype: Dtype = "float32"
+    seed: Annotated[int, typer.Option(min=0, help="Of all randomness.")] = 0
+    quiet: Quiet = False
+    json: Json = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those that settings have too, by name."""
+        return {name: getattr(self, name) for name in ("model", "device", "dtype", "seed")}
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer takes it: each parameter that is a dataclass of options becomes one option for each field."""
+    own = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: each.annotation for name, each in own.items() if is_dataclass(each.annotation)}
+    parameters: list[inspect.Parameter] = []
+    for name, each in own.items():
+        if name in groups:
+            hints = get_type_hints(groups[name], include_extras=True)
+            parameters += [
+                each.replace(name=part.name, default=part.default, annotation=hints[part.name])
+                for part in fields(groups[name])
+            ]
+        else:
+            parameters.append(each)
+
+    def call(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{part.name: given.pop(part.name) for part in fields(group)})
+        command(**given)
+
+    call.__name__, call.__doc__ = command.__name__, command.__doc__
+    call.__annotations__ = {each.name: each.annotation for each in parameters}
+    call.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return call
 
 
 # ---- reading values ----

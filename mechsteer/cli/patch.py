@@ -83,12 +83,8 @@ def patch(
     chat: Annotated[bool, typer.Option("--chat", help="The prompts are requests, in the model's chat format.")] = False,
     top: Annotated[int, typer.Option(min=1, help="Cells in the table.")] = 10,
     out: options.Out = Path("patch"),
-    model: options.Model = "pocket",
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
-    seed: options.Seed = 0,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
+    *,
+    running: options.Running,
 ) -> None:
     """Map where a prompt matters: put activations of one prompt into the run of another, place by place."""
     if (clean is None) != (corrupt is None):
@@ -102,10 +98,11 @@ def patch(
     if method != "path" and receivers != "logits":
         raise MechsteerError(f"--receivers {receivers!r} is for --method path: leave it out, or add that")
     asked: dict[str, Any] = {
-        "model": model, "clean": _prompts(CLEAN if clean is None else clean, "CLEAN"),
+        "model": running.model, "clean": _prompts(CLEAN if clean is None else clean, "CLEAN"),
         "corrupt": _prompts(CORRUPT if corrupt is None else corrupt, "CORRUPT"), "answer": _answers(answer, "--answer"),
         "other": _answers(other, "--other"), "site": sites, "over": dims, "layers": _layers(layers), "method": method,
-        "mode": mode, "receivers": options.names(receivers), "chat": chat, "top": top, "dtype": dtype, "seed": seed,
+        "mode": mode, "receivers": options.names(receivers), "chat": chat, "top": top,
+        "dtype": running.dtype, "seed": running.seed,
     }  # fmt: skip
     if len(asked["clean"]) != len(asked["corrupt"]):
         counts = " and ".join(str(len(asked[each])) for each in ("clean", "corrupt"))
@@ -118,10 +115,10 @@ def patch(
             )
 
     def work(log: "Log", folder: Path) -> Answer:
-        return _mapped(asked, device, log, folder, progress=not quiet)
+        return _mapped(asked, running.device, log, folder, progress=not running.quiet)
 
     title = f"Where the prompt matters: {', '.join(sites)}"
-    Command("patch", title, out.expanduser(), asked, json, quiet).run(work, _shown)
+    Command("patch", title, out.expanduser(), asked, running).run(work, _shown)
 
 
 def _mapped(asked: Mapping[str, Any], device: str | None, log: "Log", folder: Path, *, progress: bool) -> Answer:

@@ -30,9 +30,6 @@ def prefix(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The folder: new, empty, or this search's.")] = Path("prefix"),
-    model: options.Model = "pocket",
-    prefix: options.Prefix = None,
-    requests: options.Requests = None,
     words: options.Words = "",
     tokens: Annotated[int | None, typer.Option(min=1, help="How many. Default: as many as PREFIX has.")] = None,
     evaluations: Annotated[int, typer.Option(min=1, help="Prefixes whose exact loss is computed.")] = 1000,
@@ -66,31 +63,25 @@ def prefix(
             "other one."
         ),
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
-    seed: options.Seed = 0,
-    max_new_tokens: options.MaxNewTokens = 40,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
+    *,
+    question: options.Question,
+    running: options.Running,
 ) -> None:
     """Say a prefix in other words: tokens that do the same without saying it, measured on requests not searched on."""
-    about = options.prefix_of(text, prefix)
+    about = options.prefix_of(text, question.prefix)
     if forbid is not None and not options.names(forbid):
         raise MechsteerError('--forbid is empty: give words such as "cat,feline", or none')
-    with terminal.for_machines(json):
-        with terminal.status("starting", quiet=quiet):
+    with terminal.for_machines(running.json):
+        with terminal.status("starting", quiet=running.quiet):
             from mechsteer.study.rewording import Options, reword
             from mechsteer.study.watch import outcome
         done = reword(
             about,
             out=out,
-            model=model,
-            requests=requests,
+            requests=question.requests,
             words=options.names(words),
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=question.max_new_tokens,
+            **running.settings,
             options=Options(
                 tokens=tokens,
                 evaluations=evaluations,
@@ -103,11 +94,11 @@ def prefix(
                 samples=samples,
                 transfer=transfer,
             ),
-            progress=not quiet,
+            progress=not running.quiet,
         )
-    if json:
+    if running.json:
         terminal.document(done.summary | {"command": "prefix", "out": done.folder})
-    elif quiet:
+    elif running.quiet:
         typer.echo(done.text)
     else:
         terminal.say(outcome(done), whole=True)

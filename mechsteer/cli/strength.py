@@ -53,37 +53,28 @@ def strength(
         int | None, typer.Option(min=5, help="Strengths that are tried exactly, 0 among them. Default: 7.")
     ] = None,
     out: options.Out = Path("strength"),
-    model: options.Model = "pocket",
-    prefix: options.Prefix = None,
-    requests: options.Requests = None,
     words: options.Words = "",
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
-    seed: options.Seed = 0,
-    max_new_tokens: options.MaxNewTokens = 40,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
+    *,
+    question: options.Question,
+    running: options.Running,
 ) -> None:
     """Choose how strongly to steer: the strength of a vector that gains most of what is wanted, less what it costs."""
-    if vector is not None and (text is not None or prefix is not None):
+    if vector is not None and (text is not None or question.prefix is not None):
         raise MechsteerError("a prefix and --vector are given: give the one whose strength is wanted")
     if topic is not None:
         options.choice(topic, options.topic_names(), "--topic")
     if topic is not None and words:
         raise MechsteerError("--topic and --words are given: give the one that says what is wanted")
-    about = options.prefix_of(text, prefix) if vector is None else "-"
-    settings = settings_of(
-        about, requests, model=model, words=tuple(options.names(words)), device=device, dtype=dtype, seed=seed,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
+    about = options.prefix_of(text, question.prefix) if vector is None else "-"
+    settings = settings_of(about, question, running, words=tuple(options.names(words)))
     how = {"vector": None if vector is None else options.sha256(vector)}
     asked = identity(settings) | how | {"topic": topic, "weight": weight, "budget": budget}
 
     def work(log: "Log", folder: Path) -> Answer:
-        return _chosen(settings, vector, asked, log, folder, progress=not quiet)
+        return _chosen(settings, vector, asked, log, folder, progress=not running.quiet)
 
     title = f'How strong: "{about}"' if vector is None else f"How strong: {vector.name}"
-    command = Command("strength", title, out.expanduser(), asked, json, quiet)
+    command = Command("strength", title, out.expanduser(), asked, running)
     if not command.run(work, _shown)["works"]:
         raise typer.Exit(1)
 

@@ -24,9 +24,6 @@ EPILOG = options.epilog(
 def study(
     text: options.Text = None,
     out: Annotated[Path, typer.Option(help="The study's folder: new, empty, or this study's.")] = Path("study"),
-    model: options.Model = "pocket",
-    prefix: options.Prefix = None,
-    requests: options.Requests = None,
     contrast: Annotated[
         str | None, typer.Option(help="A prefix of as many tokens to compare with. Default: a neutral filler.")
     ] = None,
@@ -37,45 +34,39 @@ def study(
             help=f"Some of {', '.join(options.CHAPTERS)}. Default: all.", autocompletion=options.complete_chapters
         ),
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
-    seed: options.Seed = 0,
-    max_new_tokens: options.MaxNewTokens = 40,
+    *,
+    question: options.Question,
+    running: options.Running,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser when done.")] = False,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
 ) -> None:
     """Study what a prefix does to a model, where it enters and what else does the same: one report, with the data."""
-    about = options.prefix_of(text, prefix)
-    with terminal.for_machines(json):
-        with terminal.status("starting", quiet=quiet):
+    about = options.prefix_of(text, question.prefix)
+    with terminal.for_machines(running.json):
+        with terminal.status("starting", quiet=running.quiet):
             from mechsteer.study import study as run_study
         done = run_study(
             about,
             out=out,
-            model=model,
-            requests=requests,
+            requests=question.requests,
             contrast=contrast,
             words=options.names(words),
             chapters=None if chapters is None else options.names(chapters),
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            max_new_tokens=max_new_tokens,
-            progress=not quiet,
+            max_new_tokens=question.max_new_tokens,
+            **running.settings,
+            progress=not running.quiet,
         )
-    if json:
+    if running.json:
         headline = [dict(zip(("chapter", "label", "value", "note"), row, strict=True)) for row in done.headline()]
         where = {"command": "study", "out": done.folder, "report": done.report, "headline": headline}
         terminal.document(done.summary | where)
-    elif not quiet:
+    elif not running.quiet:
         _print_headline(terminal.out(), done.headline())
         summary = Text(f"\n{done.summary_text}\n")
         summary.highlight_words([answer.question for answer in done.answers], "bold")
         terminal.out().print(summary, soft_wrap=True)
     for name, reason in done.failures.items():
         terminal.err().print(Text.assemble((f"{name}: ", "bold red"), reason), soft_wrap=True)
-    if not json:
+    if not running.json:
         terminal.out().print(Text.assemble("report: ", (str(done.report), "bold")), soft_wrap=True)
     if open_report:
         import webbrowser

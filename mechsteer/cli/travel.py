@@ -49,29 +49,21 @@ def travel(
         int | None, typer.Option("--to", min=0, help="The layer behind which it is looked at last. Default: the last.")
     ] = None,
     out: options.Out = Path("travel"),
-    model: options.Model = "pocket",
-    prefix: options.Prefix = None,
-    requests: options.Requests = None,
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
-    seed: options.Seed = 0,
-    max_new_tokens: options.MaxNewTokens = 40,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
+    *,
+    question: options.Question,
+    running: options.Running,
 ) -> None:
     """Follow what a prefix adds to the residual stream: from layer to layer, and as far as a gradient foretells it."""
     if first is not None and last is not None and first > last:
         raise MechsteerError(f"--from {first} comes after --to {last}: give layers in the order of the model")
-    about = options.prefix_of(text, prefix)
-    settings = settings_of(
-        about, requests, model=model, device=device, dtype=dtype, seed=seed, max_new_tokens=max_new_tokens
-    )
+    about = options.prefix_of(text, question.prefix)
+    settings = settings_of(about, question, running)
     asked = identity(settings) | {"from": first, "to": last}
 
     def work(log: "Log", folder: Path) -> Answer:
-        return _followed(settings, first, last, log, folder, progress=not quiet)
+        return _followed(settings, first, last, log, folder, progress=not running.quiet)
 
-    Command("travel", f'How it travels: "{about}"', out.expanduser(), asked, json, quiet).run(work, _shown)
+    Command("travel", f'How it travels: "{about}"', out.expanduser(), asked, running).run(work, _shown)
 
 
 def _followed(

@@ -71,19 +71,13 @@ def vector(
         bool, typer.Option("--gguf", help="Write the vectors of all blocks from 1 on as vector.gguf too (llama.cpp).")
     ] = False,
     out: options.Out = Path("vector"),
-    model: options.Model = "pocket",
-    prefix: options.Prefix = None,
-    requests: options.Requests = None,
     words: options.Words = "",
-    device: options.Device = None,
-    dtype: options.Dtype = "float32",
-    seed: options.Seed = 0,
-    max_new_tokens: options.MaxNewTokens = 40,
-    quiet: options.Quiet = False,
-    json: options.Json = False,
+    *,
+    question: options.Question,
+    running: options.Running,
 ) -> None:
     """Make a steering vector, the difference of mean activations: a prefix against none, a concept, or your texts."""
-    ways = {"a prefix": text is not None or prefix is not None, "--concept": concept is not None}
+    ways = {"a prefix": text is not None or question.prefix is not None, "--concept": concept is not None}
     ways["--positive and --negative"] = positive is not None or negative is not None
     given = [name for name, is_given in ways.items() if is_given]
     if len(given) > 1:
@@ -99,19 +93,16 @@ def vector(
         _check_gguf()
     of = _of(concept, negatives, positive, negative)
     # A vector of texts has no prefix: the case is then about the requests alone.
-    about = options.prefix_of(text, prefix) if of is None else "-"
-    settings = settings_of(
-        about, requests, model=model, words=tuple(options.names(words)), device=device, dtype=dtype, seed=seed,
-        max_new_tokens=max_new_tokens,
-    )  # fmt: skip
+    about = options.prefix_of(text, question.prefix) if of is None else "-"
+    settings = settings_of(about, question, running, words=tuple(options.names(words)))
     how = {"layer": layer, "alphas": alphas, "gguf": gguf}
     asked = identity(settings) | ({"tokens": tokens} if of is None else {"texts": of}) | how
     name = about if of is None else str(of["name"])
 
     def work(log: "Log", folder: Path) -> Answer:
-        return _vector(settings, asked, name, log, folder, progress=not quiet)
+        return _vector(settings, asked, name, log, folder, progress=not running.quiet)
 
-    Command("vector", f'A vector for "{name}"', out.expanduser(), asked, json, quiet).run(work, _shown)
+    Command("vector", f'A vector for "{name}"', out.expanduser(), asked, running).run(work, _shown)
 
 
 def _of(concept: str | None, negatives: str, positive: Path | None, negative: Path | None) -> dict[str, Any] | None:
