@@ -13,6 +13,8 @@ from .directions import import_gguf as import_gguf
 from .directions import pca as pca
 from .errors import MechsteerError as MechsteerError
 from .errors import ModelLoadError as ModelLoadError
+from .executors import RayExecutor as RayExecutor
+from .executors import using as using
 from .hooks import Intervention as Intervention
 from .hooks import fwd_hooks as fwd_hooks
 from .interventions import Ablate as Ablate

@@ -365,6 +365,14 @@ class Model:
     def _with(self, hooked: Any, change: str) -> "Model":
         return Model(hooked, tokenizer=copy.copy(self.tokenizer), name=f"{self.name} ({change})")
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The packed pass is made anew from the weights; the hash of many weights takes long, and is known.
+        return self.__dict__ | {"_decoder": None, "_id": self.id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._id = backends.places(self.hooked), state["_id"]
+
     def __repr__(self) -> str:
         weights = "processed" if self.processed else "unprocessed"
         dtype = str(self.dtype).removeprefix("torch.")

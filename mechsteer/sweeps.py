@@ -2,37 +2,33 @@
 
 import hashlib
 import itertools
-import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsteer.engine import Cell, Clean, Engine, first_stage, shape_of
+from mechsteer.batches import Batch, BatchSize, Grid, is_out_of_memory, run_here
+from mechsteer.engine import Cell, Engine, Work
 from mechsteer.errors import MechsteerError
-from mechsteer.files import check_stamp, open_tensors, save_tensors, stamp
+from mechsteer.executors import Executor, Failure, executor_of
+from mechsteer.folders import Folder
 from mechsteer.hooks import Intervention, check
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.progress import Bar, bar
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
+from mechsteer.store import ShardWriter, Store, Values
 
 Measure = Objective | Mapping[str, Objective] | Sequence[Objective]
-_VERSION = 1
-# Tokens of prompts whose clean pass is kept at a time, and rows that the first batch of cells has.
-_CHUNK = {"cpu": 4096, "cuda": 65536}
+# Rows that the first batch of cells has.
 _ROWS = {"cpu": 1024, "cuda": 16384}
-# Seconds of finished work that a kill may cost.
-_SHARD_SECONDS = 2.0
 
 
 def sweep(
@@ -44,6 +40,7 @@ def sweep(
     measure: Measure,
     out: str | os.PathLike[str] | None = None,
     rows: int | None = None,
+    executor: "Executor | str | None" = None,
     progress: bool = True,
 ) -> Result:
     """Measure every cell of a grid of interventions on every prompt.
@@ -68,16 +65,21 @@ def sweep(
         build: called once for each cell with its values by name; gives the cell's interventions, in order. None or ()
             for none.
         measure: an Objective, several, or several by name.
-        out: a folder for finished work, written at least every two seconds. The same sweep with the same folder
-            continues where it ended, whatever ended it.
-        rows: tokens in a batch; None finds a fast number by measuring, and halves it when memory runs out.
+        out: a folder for finished work, or its URL (such as s3://bucket/run, for which fsspec's package has to be
+            installed), written at least every two seconds. The same sweep with the same folder continues where it
+            ended, whatever ended it.
+        rows: tokens in a batch; None finds a fast number by measuring, and halves it when memory runs out. With a
+            number, the same batches are computed whoever computes them, so that results are equal bit for bit.
+        executor: "ray" or an Executor such as `RayExecutor(workers=8)` computes on many processes or machines; None
+            takes the one of the surrounding `with using(...)`, or computes here.
         progress: show a bar on standard error when it takes longer than two seconds.
 
     Returns:
         A Result with one array per objective and dimensions (*axes, prompt).
 
     Raises:
-        MechsteerError: an axis, an intervention or an objective does not fit, or `out` holds another sweep.
+        MechsteerError: an axis, an intervention or an objective does not fit, or `out` holds another sweep. With an
+            executor, also when some batches failed every time they were tried: their coordinates, after the others.
     """
     began = time.perf_counter()
     right = model.prompts(prompts).padded("right")
@@ -94,13 +96,7 @@ def sweep(
     if not cells:
         raise MechsteerError(f"axes={dict(values)!r} has an axis without values. Give each at least one.")
     check([each for cell in cells for each in cell], model, right)
-    by_shape: dict[Any, list[int]] = {}
-    for index, cell in enumerate(cells):
-        by_shape.setdefault(shape_of(cell), []).append(index)
-    for members in by_shape.values():
-        model.check_slots(right, cells[members[0]])
-    engine = Engine(model, right, measures)
-    groups = [Group.of(engine, members, cells) for members in by_shape.values()]
+    grid = Grid(Engine(model, right, measures), cells)
     store = Store.open(
         out,
         list(measures),
@@ -108,21 +104,19 @@ def sweep(
         np.float64 if model.dtype == torch.float64 else np.float32,
         lambda: _identity(model, right, values, measures, cells),
     )
-    device = model.device.type
-    with bar("cells", len(cells) * len(right), show=progress) as shown:
+    size = BatchSize(rows or _ROWS.get(model.device.type, _ROWS["cuda"]), fixed=rows is not None)
+    with executor_of(executor) as chosen, bar("cells", store.done.size, show=progress) as shown:
         shown.advance(int(store.done.sum()))
-        size = BatchSize(rows or _ROWS.get(device, _ROWS["cuda"]), fixed=rows is not None)
-        try:
-            for chunk in _chunks(right, _CHUNK.get(device, _CHUNK["cuda"])):
-                _run_chunk(engine, groups, cells, chunk, store, size, shown)
-        finally:
-            store.flush()
+        if chosen is None:
+            run_here(grid, store, size, shown)
+        else:
+            _run_there(chosen, grid, store, size.rows, shown, lambda cell: _told(values, cell))
     options = {
-        "engine": "packed" if all(group.packed for group in groups) else "hooks",
+        "engine": "packed" if all(group.packed for group in grid.groups) else "hooks",
         "axes": {name: _plain(label) for name, label in labels.items()},
         "rows": size.rows,
-        "flops": engine.work.done,
-        "least_flops": engine.work.least,
+        "flops": grid.engine.work.done,
+        "least_flops": grid.engine.work.least,
     }
     shape = [*(len(each) for each in values.values()), len(right)]
     data = xr.Dataset(
@@ -131,241 +125,94 @@ def sweep(
     )
     result = Result(data, provenance=provenance(model=model.id, seconds=time.perf_counter() - began, **options))
     if out is not None:
-        result.save(Path(out) / "result.safetensors")
+        assert store.folder is not None
+        with store.folder.written("result.safetensors") as path:
+            result.save(path)
     return result
 
 
-@dataclass
-class Group:
-    """Cells of one shape.
+@dataclass(frozen=True)
+class SweepWork:
+    """What a worker of an executor needs to compute batches of a sweep, besides the model."""
 
-    Attributes:
-        members: their indices.
-        starts: first position that each changes in each prompt [cell, batch].
-        packed: whether the packed forward pass covers them.
-        stage: see `mechsteer.engine.first_stage`.
-    """
+    prompts: Prompts
+    measures: Mapping[str, Objective]
+    cells: Sequence[Cell]
 
-    members: list[int]
-    starts: Int[Tensor, "cell batch"]
-    packed: bool
-    stage: int
+    def bind(self, model: Model) -> Callable[[Batch], tuple[list[Values], Work]]:
+        """What computes a batch: its values, in halves where memory runs out, and the operations that took."""
+        grid = Grid(Engine(model, model.prompts(self.prompts), self.measures), self.cells)
 
-    @staticmethod
-    def of(engine: Engine, members: list[int], cells: Sequence[Cell]) -> "Group":
-        own = [cells[index] for index in members]
-        stage = first_stage(own[0], engine.model.n_layers)
-        packed = engine.packs(own[0])
-        starts = engine.starts(own) if packed else torch.zeros(len(own), len(engine.prompts), dtype=torch.long)
-        return Group(members, starts.to(engine.prompts.tokens.device), packed, stage)
-
-
-@dataclass
-class BatchSize:
-    """How many rows a batch has: doubled or halved as long as that is faster, and halved when memory runs out."""
-
-    rows: int
-    fixed: bool = False
-    _best: float = 0.0
-    _factor: float = 2.0
-    _tried: int = 0
-
-    def report(self, rows: int, flops: float, seconds: float) -> None:
-        """Learn from a batch, unless it was too small to tell or the search is over."""
-        if self.fixed or self._tried > 6 or rows < 0.7 * self.rows:
-            return
-        speed = flops / seconds
-        if speed > 1.03 * self._best:
-            self._best = speed
-            self.rows = max(64, int(self.rows * self._factor))
-        else:
-            # Back to the best so far; then the other direction, once.
-            self.rows = int(self.rows / self._factor)
-            if self._factor > 1 and self._tried <= 2:
-                self._factor = 0.5
-                self.rows = max(64, int(self.rows * self._factor))
-            else:
-                self.fixed = True
-        self._tried += 1
-
-    def out_of_memory(self) -> None:
-        self.rows, self.fixed = max(1, self.rows // 2), True
-
-
-def _run_chunk(
-    engine: Engine,
-    groups: Sequence[Group],
-    cells: Sequence[Cell],
-    chunk: Int[Tensor, " example"],
-    store: "Store",
-    size: BatchSize,
-    shown: Bar,
-) -> None:
-    """All cells on some of the prompts."""
-    local = chunk.cpu().numpy()
-    todo = []
-    for group in groups:
-        left = [place for place, index in enumerate(group.members) if not store.done[index, local].all()]
-        if left:
-            todo.append((group, left))
-    if not todo:
-        return
-    clean = _clean(engine, [group for group, _ in todo if group.packed], chunk)
-    stop, reads = engine.stop[chunk], int(engine.read[chunk].sum())
-    # Logits of more tokens than this would take more memory than everything else.
-    most = max(1, (1 << 25) // (max(1, reads) * engine.model.d_vocab)) if reads else 1 << 30
-    for group, left in todo:
-        starts = group.starts[:, chunk]
-        counts = (stop - starts).sum(1)
-        if not group.packed:
-            counts = torch.full_like(counts, engine.prompts.tokens[chunk].numel())
-        counts_list = counts.tolist()
-        # Cells with as many rows next to each other: less padding.
-        left.sort(key=lambda place: -counts_list[place])
-        while left:
-            n_cells, n_rows = 0, 0
-            while n_cells < min(len(left), most) and (not n_cells or n_rows + counts_list[left[n_cells]] <= size.rows):
-                n_rows += counts_list[left[n_cells]]
-                n_cells += 1
-            places = left[:n_cells]
-            members = [group.members[place] for place in places]
-            before, began = engine.work.least, time.perf_counter()
+        def compute(batch: Batch) -> list[Values]:
             try:
-                values = engine.batch(
-                    [cells[index] for index in members], chunk, starts[places], clean if group.packed else None
-                )
+                return [grid.compute(batch)]
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                if n_cells == 1 or not _is_out_of_memory(error):
+                if len(batch.places) == 1 or not is_out_of_memory(error):
                     raise
-                size.out_of_memory()
-                size.rows = min(size.rows, max(1, n_rows // 2))
-                continue
-            arrays = {name: _numpy(value) for name, value in values.items()}
-            seconds = time.perf_counter() - began
-            size.report(n_rows, engine.work.least - before if group.packed else float(n_rows), seconds)
-            store.add(members, local, arrays)
-            shown.advance(n_cells * len(local))
-            left = left[n_cells:]
+            half = len(batch.places) // 2
+            parts = batch.places[:half], batch.places[half:]
+            return [values for places in parts for values in compute(replace(batch, places=places))]
+
+        def counted(batch: Batch) -> tuple[list[Values], Work]:
+            grid.engine.work = Work()
+            return compute(batch), grid.engine.work
+
+        return counted
+
+    def sink(self, folder: Folder, tag: str) -> Callable[[Sequence[tuple[list[Values], Work]]], None]:
+        """What writes finished batches to the folder, as one shard."""
+        writer = ShardWriter(folder, f"{tag}-")
+
+        def write(finished: Sequence[tuple[list[Values], Work]]) -> None:
+            for values, _ in finished:
+                for each in values:
+                    writer.add(each, flush=False)
+            writer.flush()
+
+        return write
 
 
-def _numpy(value: Float[Tensor, "cell example"]) -> np.ndarray:
-    # numpy has no bfloat16.
-    return (value if value.dtype == torch.float64 else value.float()).cpu().numpy()
+def _run_there(executor: Executor, grid: Grid, store: Store, rows: int, shown: Bar, told: Callable[[int], str]) -> None:
+    """All that is not done, by the workers of an executor, in batches of `rows` rows.
+
+    Raises:
+        MechsteerError: some batches failed every time; the others are done, and in the folder if there is one.
+    """
+    engine = grid.engine
+    batches = grid.batches(store.done, rows)
+    work = SweepWork(engine.prompts, engine.measures, grid.cells)
+    failed: list[tuple[Batch, str]] = []
+    for batch, outcome in executor.run(engine.model, work, batches, folder=store.folder):
+        if isinstance(outcome, Failure):
+            failed.append((batch, outcome.reason))
+            continue
+        values, spent = outcome
+        engine.work.done += spent.done
+        engine.work.least += spent.least
+        for each in values:
+            shown.advance(store.add(each, written=True))
+    if failed:
+        lines = [f"{_span(grid, batch, told)}: {reason}" for batch, reason in failed[:5]]
+        more = f" (and {len(failed) - 5} more)" if len(failed) > 5 else ""
+        kept = "" if store.folder is None else f" The others are done and in {store.folder}: the same call tries these."
+        raise MechsteerError(
+            f"{len(failed)} of {len(batches)} batches failed every time they were tried.{kept} "
+            + "; ".join(lines)
+            + more
+        )
 
 
-def _clean(engine: Engine, groups: Sequence[Group], chunk: Int[Tensor, " example"]) -> Clean | None:
-    if not groups:
-        return None
-    counts = torch.arange(engine.read.shape[1], device=chunk.device)
-    read = engine.read[chunk]
-    first_read = torch.where(read, counts, 1 << 30).amin(1)
-    logits = any(bool((group.starts[:, chunk] > first_read).any()) for group in groups)
-    return engine.clean(chunk, [group.stage for group in groups], logits=logits)
+def _span(grid: Grid, batch: Batch, told: Callable[[int], str]) -> str:
+    """Which cells and prompts a batch holds."""
+    members, chunk = grid.members(batch), grid.chunks[batch.chunk]
+    cells = told(members[0]) if len(members) == 1 else f"{len(members)} cells from {told(members[0])}"
+    return f"{cells}, prompts {int(chunk[0])} to {int(chunk[-1])}"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
-def _chunks(prompts: Prompts, tokens: int) -> Iterator[Tensor]:
-    """Indices of prompts, about `tokens` tokens at a time."""
-    part: list[int] = []
-    total = 0
-    for index, length in enumerate(prompts.lengths.tolist()):
-        if part and total + length > tokens:
-            yield torch.tensor(part, device=prompts.tokens.device)
-            part, total = [], 0
-        part.append(index)
-        total += length
-    yield torch.tensor(part, device=prompts.tokens.device)
-
-
-class Store:
-    """Values of the cells that are done [cell, prompt], in memory and, where there is a folder, in shards on disk."""
-
-    def __init__(self, folder: Path | None, names: Sequence[str], shape: tuple[int, int], dtype: Any) -> None:
-        self._folder = folder
-        self.values: dict[str, np.ndarray] = {name: np.full(shape, np.nan, dtype=dtype) for name in names}
-        self.done: np.ndarray = np.zeros(shape, dtype=bool)
-        self._fresh: dict[str, Tensor] = {}
-        self._n_fresh = self._n_shards = 0
-        self._flushed = time.perf_counter()
-
-    @staticmethod
-    def open(
-        out: str | os.PathLike[str] | None,
-        names: Sequence[str],
-        shape: tuple[int, int],
-        dtype: Any,
-        identity: Callable[[], str],
-    ) -> "Store":
-        """A new store, or what a folder holds of the same sweep.
-
-        Raises:
-            MechsteerError: the folder holds something else.
-        """
-        if out is None:
-            return Store(None, names, shape, dtype)
-        folder, manifest = Path(out), Path(out) / "manifest.json"
-        store, wanted = Store(folder, names, shape, dtype), identity()
-        if manifest.exists():
-            try:
-                found = check_stamp(json.loads(manifest.read_text()), manifest, format="sweep", version=_VERSION)
-            except ValueError as error:
-                if isinstance(error, MechsteerError):
-                    raise
-                raise MechsteerError(f"{manifest} is damaged ({error}). Choose another folder.") from error
-            if found["identity"] != wanted:
-                raise MechsteerError(
-                    f"{folder} holds another sweep: model, prompts, axes, interventions or objectives differ. "
-                    "Choose another folder for out=, or delete this one."
-                )
-            for path in sorted(folder.glob("shard-*.safetensors")):
-                store._read(path)
-        elif folder.exists() and any(folder.iterdir()):
-            raise MechsteerError(f"{folder} is not empty and holds no sweep. Choose another folder for out=.")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            fresh = manifest.with_suffix(".tmp")
-            fresh.write_text(json.dumps({**stamp("sweep", _VERSION), "identity": wanted}))
-            os.replace(fresh, manifest)
-        return store
-
-    def add(self, cells: Sequence[int], prompts: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Values [cell, prompt] of some cells on some prompts."""
-        where = np.ix_(np.asarray(cells), prompts)  # pyright: ignore
-        self.done[where] = True
-        for name, value in values.items():
-            self.values[name][where] = value
-        if self._folder is None:
-            return
-        batch = {"cells": np.asarray(cells), "prompts": prompts, **{f"value.{name}": v for name, v in values.items()}}
-        self._fresh |= {
-            f"{self._n_fresh}.{key}": torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()
-        }
-        self._n_fresh += 1
-        if time.perf_counter() - self._flushed > _SHARD_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write what is not on disk yet as one shard."""
-        if self._folder is None or not self._n_fresh:
-            return
-        path = self._folder / f"shard-{self._n_shards:05d}.safetensors"
-        save_tensors(path, self._fresh, {**stamp("sweep shard", _VERSION), "batches": self._n_fresh})
-        self._n_shards, self._n_fresh, self._fresh = self._n_shards + 1, 0, {}
-        self._flushed = time.perf_counter()
-
-    def _read(self, path: Path) -> None:
-        with open_tensors(path, format="sweep shard", version=_VERSION) as (file, manifest):
-            for index in range(manifest["batches"]):
-                cells, prompts = (file.get_tensor(f"{index}.{key}").numpy() for key in ("cells", "prompts"))
-                where = np.ix_(cells, prompts)
-                self.done[where] = True
-                for name, array in self.values.items():
-                    array[where] = file.get_tensor(f"{index}.value.{name}").numpy()
-        self._n_shards = int(path.stem.removeprefix("shard-")) + 1
+def _told(values: Mapping[str, Sequence[Any]], cell: int) -> str:
+    """A cell's values by name."""
+    at = np.unravel_index(cell, [len(each) for each in values.values()]) if values else ()
+    return ", ".join(f"{name}={each[int(place)]}" for (name, each), place in zip(values.items(), at, strict=True))
 
 
 def _named(measure: Measure, axes: Mapping[str, Any]) -> dict[str, Objective]:

@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mechsteer as ms
+from mechsteer import batches as batches_module
 from mechsteer import engine as engine_module
-from mechsteer import sweeps
 
 LENGTHS = (12, 20, 16)
 # Kinds that exist on both backends and on every architecture of the zoo.
@@ -417,12 +417,12 @@ def test_batches_halve_when_memory_runs_out(llama: ms.Model, expected: Any, monk
 
 
 def test_the_size_of_batches_is_searched_by_speed() -> None:
-    size = sweeps.BatchSize(1024)
+    size = batches_module.BatchSize(1024)
     # 2048 is the fastest: 1 us an operation there, 2 us elsewhere.
     for _ in range(12):
         size.report(size.rows, 1000.0, 1000e-6 if size.rows == 2048 else 2000e-6)
     assert size.rows == 2048
-    size = sweeps.BatchSize(1024)
+    size = batches_module.BatchSize(1024)
     for _ in range(12):
         size.report(size.rows, 1000.0, 1e-9 * size.rows)
     assert size.rows < 1024
@@ -494,8 +494,8 @@ def test_a_damaged_shard_is_an_error_and_not_a_hole(llama: ms.Model, tmp_path: P
 _KILLED = """
 import sys, time
 import mechsteer as ms
-from mechsteer import engine, sweeps
-sweeps._SHARD_SECONDS = 0.0
+from mechsteer import engine, store
+store._SHARD_SECONDS = 0.0
 real = engine.Engine.batch
 def slow(self, cells, *more):
     time.sleep(0.2)

@@ -1,0 +1,49 @@
+"""What an executor is, and what it is given."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from mechsteer.folders import Folder
+
+
+@runtime_checkable
+class Work(Protocol):
+    """What workers compute. It is sent to them as it is, so it holds no model."""
+
+    def bind(self, model: Any) -> Callable[[Any], Any]:
+        """What computes one item, on a model."""
+        ...
+
+    def sink(self, folder: Folder, tag: str) -> Callable[[Sequence[Any]], None]:
+        """What writes computed items into a folder, under names that hold `tag`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an item was given up."""
+
+    reason: str
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Computes items of work."""
+
+    def run(self, model: Any, work: Work, items: Sequence[Any], *, folder: Folder | None) -> Iterator[tuple[Any, Any]]:
+        """Compute items, in any order.
+
+        Args:
+            model: the Model to compute with.
+            work: what to compute.
+            items: of the work.
+            folder: where workers write what they have computed; None for nowhere.
+
+        Yields:
+            An item, and what came out; or a Failure, if it failed every time it was tried.
+
+        Raises:
+            MechsteerError: nothing can be computed, or nothing written; what is in the folder stays.
+        """
+        ...

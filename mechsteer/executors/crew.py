@@ -1,0 +1,268 @@
+"""Hands items of work out to workers on a Ray cluster, replaces workers that are lost, and tries again what failed."""
+
+import errno
+import logging
+import os
+import socket
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from mechsteer.errors import MechsteerError
+from mechsteer.executors.base import Failure
+from mechsteer.executors.transport import share_tensors
+from mechsteer.folders import Folder
+
+if TYPE_CHECKING:
+    from mechsteer.executors.base import Work
+    from mechsteer.executors.ray_executor import RayExecutor
+
+LOG = logging.getLogger("mechsteer.executors")
+# What a worker is given at once should take it about so many seconds: little is lost with a worker, and little time
+# goes into handing out.
+_SECONDS = 2.0
+# Variables that decide whether a model may be loaded, and from where.
+_ENVIRONMENT = ("HF_", "TRANSFORMERS_")
+# Starts of workers that may fail one after the other.
+_STARTS = 3
+# Errors that mean that nothing can be written any more, whoever tries.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of an item.
+
+    Attributes:
+        index: of the item.
+        value: what came out; None where it failed.
+        error: why it failed, or "".
+        seconds: that it took.
+    """
+
+    index: int
+    value: Any
+    error: str
+    seconds: float
+
+
+class DiskFull(Exception):
+    """A worker could not write what it had computed."""
+
+
+class Worker:
+    """Holds a model on one machine, and computes items. An actor: one process."""
+
+    def __init__(self, model: Any, device: str, threads: int, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        import torch
+
+        torch.set_num_threads(threads)
+        share_tensors()
+        if model.device.type != device:
+            model.hooked.to(device)
+        self._model = model
+        self._bound: tuple[str, Any, Any] = ("", None, None)
+        self._tag = uuid.uuid4().hex[:8]
+
+    def where(self) -> str:
+        """Machine and process, to be told."""
+        return f"{socket.gethostname()} (process {os.getpid()})"
+
+    def compute(
+        self, name: str, work: "list[ray.ObjectRef]", items: Sequence[tuple[int, Any]], folder: Folder | None
+    ) -> list[Report]:
+        """Compute items, and write them to the folder.
+
+        Raises:
+            DiskFull: they cannot be written.
+        """
+        if self._bound[0] != name:
+            self._bound = "", None, None  # what was computed before goes first
+            given = ray.get(work[0])
+            sink = None if folder is None else given.sink(folder, f"{self._tag}-{name[:4]}")
+            self._bound = name, given.bind(self._model), sink
+        _, compute, sink = self._bound
+        reports = []
+        for index, item in items:
+            began = time.perf_counter()
+            try:
+                reports.append(Report(index, compute(item), "", time.perf_counter() - began))
+            except Exception as error:
+                reports.append(Report(index, None, _reason(error), time.perf_counter() - began))
+        if sink is not None:
+            try:
+                sink([report.value for report in reports if not report.error])
+            except OSError as error:
+                if error.errno in _FULL:
+                    raise DiskFull(f"{folder} cannot be written to ({error.strerror})") from error
+                raise
+        return reports
+
+
+class Crew:
+    """Workers that hold one model.
+
+    Attributes:
+        log: lines that say what happened to workers and items.
+    """
+
+    def __init__(self, executor: "RayExecutor", model: "list[ray.ObjectRef]", on_gpu: bool) -> None:
+        self.log: list[str] = []
+        self._model, self._attempts = model, executor.attempts
+        gpus = (1.0 if on_gpu else 0.0) if executor.gpus is None else executor.gpus
+        self._options = {"num_cpus": executor.cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        self._device = "cuda" if gpus else "cpu"
+        self._threads = max(1, int(executor.cpus))
+        self._workers = executor.workers
+        self._idle: list[Any] = []
+        self._starting: dict[Any, Any] = {}  # by the reference that is ready when the worker is
+        self._failed_starts = 0
+        self._where: dict[Any, str] = {}
+        self._closed = threading.Event()
+
+    @staticmethod
+    def of(executor: "RayExecutor", model: Any) -> "Crew":
+        """Workers that will hold this model, started when they are needed."""
+        return Crew(executor, [ray.put(model)], model.device.type == "cuda")
+
+    def run(self, work: "Work", items: Sequence[Any], folder: Folder | None) -> Iterator[tuple[Any, Any]]:
+        """See `mechsteer.executors.Executor.run`."""
+        name, reference = uuid.uuid4().hex, [ray.put(work)]
+        pending = deque(enumerate(items))
+        tries = [0] * len(items)
+        alone: set[int] = set()  # items that a worker died of, or may have: one at a time, to tell which
+        busy: dict[Any, tuple[Any, list[tuple[int, Any]]]] = {}
+        seconds, computed = 0.0, 0
+        try:
+            while (pending or busy) and not self._closed.is_set():
+                self._start(min(len(pending) + len(busy), self._room()) - len(busy))
+                while self._idle and pending:
+                    share = self._share(pending, alone, seconds / computed if computed else None, len(busy) + 1)
+                    worker = self._idle.pop()
+                    busy[worker.compute.remote(name, reference, share, folder)] = worker, share
+                waiting = [*busy, *self._starting]
+                ready, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
+                for each in ready:
+                    if each in self._starting:
+                        self._started(each)
+                        continue
+                    worker, share = busy.pop(each)
+                    try:
+                        reports: list[Report] = ray.get(each)
+                    except RayTaskError as error:
+                        self._idle.append(worker)
+                        if isinstance(error.cause, DiskFull):
+                            raise MechsteerError(
+                                f"{error.cause}. What was finished before is kept: make room, and the same call goes "
+                                "on."
+                            ) from None
+                        reports = [Report(index, None, _reason(error.cause), 0.0) for index, _ in share]
+                    except RayError as error:  # the worker, or its machine, is gone
+                        self._lost(worker, error)
+                        alone |= {index for index, _ in share}
+                        gone = f"its worker was lost ({type(error).__name__})"
+                        reports = [Report(index, None, gone, 0.0) for index, _ in share]
+                    else:
+                        self._idle.append(worker)
+                        seconds += sum(report.seconds for report in reports)
+                        computed += len(reports)
+                    for report in reports:
+                        if not report.error:
+                            yield items[report.index], report.value
+                            continue
+                        tries[report.index] += 1
+                        self._tell(f"item {report.index}, attempt {tries[report.index]}: {report.error}")
+                        if tries[report.index] < self._attempts:
+                            pending.append((report.index, items[report.index]))
+                        else:
+                            yield items[report.index], Failure(report.error)
+        finally:
+            self._idle += [worker for worker, _ in busy.values()]
+
+    def close(self) -> None:
+        """Stop all workers."""
+        self._closed.set()
+        for worker in [*self._idle, *self._starting.values()]:
+            ray.kill(worker)
+        self._idle, self._starting = [], {}
+
+    def _tell(self, line: str) -> None:
+        LOG.info(line)
+        self.log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    def _room(self) -> int:
+        """How many workers the cluster has room for, or were asked for."""
+        if self._workers is not None:
+            return self._workers
+        total, options = ray.cluster_resources(), self._options
+        rooms = [total.get("CPU", 0) / options["num_cpus"]]
+        if options["num_gpus"]:
+            rooms.append(total.get("GPU", 0) / options["num_gpus"])
+        return max(1, int(min(rooms)))
+
+    def _start(self, wanted: int) -> None:
+        """Have so many workers that are idle or on their way."""
+        for _ in range(wanted - len(self._idle) - len(self._starting)):
+            environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
+            worker = (
+                ray.remote(Worker)
+                .options(**self._options)
+                .remote(_value(self._model), self._device, self._threads, environment)
+            )
+            self._starting[worker.where.remote()] = worker
+
+    def _started(self, ready: Any) -> None:
+        worker = self._starting.pop(ready)
+        try:
+            where = str(ray.get(ready))
+        except RayError as error:
+            self._failed_starts += 1
+            reason = _reason(error)
+            self._tell(f"a worker did not start: {reason}")
+            if self._failed_starts >= _STARTS and not self._idle:
+                raise MechsteerError(f"No worker starts on the Ray cluster: {reason}") from error
+            return
+        self._failed_starts = 0
+        self._where[worker] = where
+        self._idle.append(worker)
+        self._tell(f"worker on {where}")
+
+    def _lost(self, worker: Any, error: Exception) -> None:
+        self._tell(f"lost the worker on {self._where.pop(worker, 'a machine')} ({type(error).__name__})")
+        ray.kill(worker)  # one that only does not answer may still hold a GPU
+
+    def _share(
+        self, pending: "deque[tuple[int, Any]]", alone: set[int], each: float | None, workers: int
+    ) -> list[tuple[int, Any]]:
+        """What a worker gets next: about two seconds of work, and less towards the end."""
+        most = 1 if each is None else max(1, round(_SECONDS / max(each, 1e-6)))
+        most = min(most, -(-len(pending) // (2 * workers)))
+        share = [pending.popleft()]
+        while len(share) < most and pending and share[0][0] not in alone and pending[0][0] not in alone:
+            share.append(pending.popleft())
+        return share
+
+
+def _value(reference: "list[ray.ObjectRef]") -> Any:
+    """As an argument, so that the worker gets what it refers to."""
+    return reference[0]
+
+
+def _reason(error: BaseException | None) -> str:
+    """An error as one line, with the place where it arose."""
+    if error is None:
+        return "unknown"
+    if isinstance(error, RayError):
+        return " ".join(str(error).split())[-500:]
+    last = traceback.extract_tb(error.__traceback__)[-1:] if error.__traceback__ else []
+    place = f" ({os.path.basename(last[0].filename)}:{last[0].lineno})" if last else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

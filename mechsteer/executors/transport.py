@@ -1,0 +1,49 @@
+"""How tensors travel to workers: as arrays in Ray's object store, which processes of one machine read in place."""
+
+import warnings
+from typing import Any
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# numpy has no such types: their bytes travel as integers.
+_AS = {torch.bfloat16: torch.int16}
+# Arrays on their way, by address, type and shape: an array keeps its memory, so no address has two owners.
+_PACKED: "WeakValueDictionary[tuple[Any, ...], np.ndarray]" = WeakValueDictionary()
+_done = False
+
+
+def share_tensors() -> None:
+    """Let Ray move tensors without a copy for each worker; once in a process."""
+    global _done
+    if _done:
+        return
+    from ray.util import register_serializer
+
+    register_serializer(Tensor, serializer=pack, deserializer=unpack)
+    register_serializer(nn.Parameter, serializer=pack, deserializer=unpack)
+    _done = True
+
+
+def pack(tensor: Tensor) -> tuple[np.ndarray, torch.dtype, str, bool, bool]:
+    """A tensor's values in the CPU's memory, its type, kind of device, and whether it is trained and a parameter."""
+    plain = tensor.detach().cpu().contiguous()
+    array = plain.view(_AS.get(plain.dtype, plain.dtype)).numpy()
+    if plain.data_ptr() == tensor.data_ptr():
+        # Tensors that share their memory share it there too: one vector of a thousand cells is one vector.
+        array = _PACKED.setdefault((plain.data_ptr(), plain.dtype, *plain.shape), array)
+    return array, tensor.dtype, tensor.device.type, tensor.requires_grad, isinstance(tensor, nn.Parameter)
+
+
+def unpack(packed: tuple[np.ndarray, torch.dtype, str, bool, bool]) -> Tensor:
+    """The tensor. On the CPU it shares read-only memory: nothing may be written to it in place."""
+    array, dtype, device, trained, parameter = packed
+    with warnings.catch_warnings():
+        # Tensors know no read-only memory: torch warns of an array that is.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
+        tensor = torch.from_numpy(array).view(dtype)
+    if device != "cpu" and torch.cuda.is_available():
+        tensor = tensor.to(device)
+    return nn.Parameter(tensor, requires_grad=trained) if parameter else tensor.requires_grad_(trained)
