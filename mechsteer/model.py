@@ -13,6 +13,8 @@ from torch import Tensor
 from mechsteer import backends, generation, markup
 from mechsteer.activations import Activations, ModelId, check_where, remember
 from mechsteer.backends import Hooked
+from mechsteer.backends.states import covers, states_at
+from mechsteer.backends.weights import add_bias, add_rank, orthogonalise, unembedding
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError, ModelLoadError
 from mechsteer.hooks import Intervention, fwd_hooks, never_fired, with_recorders
@@ -213,13 +215,13 @@ class Model:
         right = given.padded("right")
         self.check_slots(right, ())
         marked = _relaid(where.to(right.mask.device), given, right)
-        plain = bool(marked.any()) and not backends.is_hooked(self.hooked) and backends.covers(self.hooked, points)
+        plain = bool(marked.any()) and not backends.is_hooked(self.hooked) and covers(self.cfg, points)
         decoder = self.decoder if plain else None
         if decoder is None:
             recorded = self.run(right, record=points, logits="none").activations.at(marked)
             return {site: recorded[site] for site in points}
         with torch.no_grad():
-            return backends.states_at(decoder, right, points, marked)
+            return states_at(decoder, right, points, marked)
 
     def generate(
         self,
@@ -345,21 +347,21 @@ class Model:
 
     def unembedding(self) -> Float[Tensor, "d_model d_vocab"]:
         """The unembedding matrix W_U."""
-        return backends.unembedding(self.hooked)
+        return unembedding(self.hooked)
 
     def orthogonalised(self, basis: Float[Tensor, "k d_model"]) -> "Model":
         """A copy whose writing matrices are orthogonal to the rows of `basis`; see `Ablate.to_weights`."""
-        return self._with(backends.orthogonalise(self.hooked, basis), "orthogonalised")
+        return self._with(orthogonalise(self.hooked, basis), "orthogonalised")
 
     def with_bias(self, layer: int, vector: Float[Tensor, " d_model"]) -> "Model":
         """A copy whose MLP output bias of block `layer` gained `vector`; see `Add.to_weights`."""
-        return self._with(backends.add_bias(self.hooked, layer, vector), f"bias at {layer}")
+        return self._with(add_bias(self.hooked, layer, vector), f"bias at {layer}")
 
     def with_rank(self, site: SiteLike, reads: Float[Tensor, "k d_in"], writes: Float[Tensor, "k d_model"]) -> "Model":
         """A copy whose block writes `sum_i (x . reads_i) writes_i` more, x the site; see `RankEdit.to_weights`."""
         where = Site.of(site)
         assert where.layer is not None
-        edited = backends.add_rank(self.hooked, where.layer, where.kind, reads, writes, head=where.head)
+        edited = add_rank(self.hooked, where.layer, where.kind, reads, writes, head=where.head)
         return self._with(edited, f"rank {len(reads)} at {where}")
 
     def _with(self, hooked: Any, change: str) -> "Model":

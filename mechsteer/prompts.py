@@ -383,14 +383,10 @@ class Prompts:
         if len(corrupt) != len(self):
             raise MechsteerError(f"paired got {len(corrupt)} corrupt prompts for {len(self)} clean ones. Pass as many.")
         clean, corrupt = self.padded("right"), corrupt.padded("right").to(self.mask.device)
-        width = max(clean.mask.shape[1], corrupt.mask.shape[1])
-
-        def roles(prompts: Prompts) -> Tensor:
-            # Past its end a prompt has the role -1, so that another length is another role.
-            known = torch.where(prompts.mask, prompts.roles, -1)
-            return pad(known, (0, width - known.shape[1]), value=-1)
-
-        apart = roles(clean) != roles(corrupt)
+        # Past its end a prompt has the role -1, so that another length is another role.
+        roles = [torch.where(each.mask, each.roles, -1) for each in (clean, corrupt)]
+        width = max(each.shape[1] for each in roles)
+        apart = torch.ne(*(pad(each, (0, width - each.shape[1]), value=-1) for each in roles))
         if bool(apart.any()):
             row = int(apart.any(1).int().argmax())
             raise MechsteerError(_misaligned(clean, corrupt, row, int(apart[row].int().argmax())))
@@ -446,17 +442,15 @@ class Prompts:
     def _line(self, row: int) -> rendering.Line:
         """One prompt as it is shown: of a long one the first and the last tokens."""
         real = self.mask[row].nonzero()[:, 0]
-        cut = max(len(real) - _TOKENS, 0)
-        head = _TOKENS // 2
-        kept = torch.cat([real[:head], real[head + cut :]]) if cut else real
+        cut, head = max(len(real) - _TOKENS, 0), _TOKENS // 2
+        kept = torch.cat([real[:head], real[head + cut :]])
         tokens = self.tokens[row][kept]
-        first, last = (int(real[at]) for at in (0, -1))
         return rendering.Line(
             label=self.labels[row] if self.labels else str(row),
             tokens=self.shown(tokens),
             roles=self.roles[row][kept].tolist(),
             slots=self.slots[row][kept].tolist(),
-            padding=(first, self.mask.shape[1] - 1 - last),
+            padding=(int(real[0]), self.mask.shape[1] - 1 - int(real[-1])),
             head=head,
             cut=cut,
         )

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +17,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsteer.errors import ModelLoadError
-from mechsteer.prompts import Prompts
-from mechsteer.site import Site
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -134,56 +132,6 @@ def weights_hash(hooked: Any) -> str:
     return digest.hexdigest()
 
 
-def unembedding(hooked: Any) -> Float[Tensor, "d_model d_vocab"]:
-    """The matrix that turns the normed residual stream into logits."""
-    from mechsteer.backends import weights
-
-    return weights.unembedding(hooked)
-
-
-def orthogonalise(hooked: Any, basis: Float[Tensor, "k d_model"]) -> Any:
-    """A copy whose writing matrices are orthogonal to `basis`; see `mechsteer.backends.weights.orthogonalise`."""
-    from mechsteer.backends import weights
-
-    return weights.orthogonalise(hooked, basis)
-
-
-def add_bias(hooked: Any, layer: int, vector: Float[Tensor, " d_model"]) -> Any:
-    """A copy whose MLP output bias of a block gained a vector; see `mechsteer.backends.weights.add_bias`."""
-    from mechsteer.backends import weights
-
-    return weights.add_bias(hooked, layer, vector)
-
-
-def add_rank(
-    hooked: Any,
-    layer: int,
-    kind: str,
-    reads: Float[Tensor, "k d_in"],
-    writes: Float[Tensor, "_ d_model"],
-    *,
-    head: int | None = None,
-) -> Any:
-    """A copy that writes more where it reads something; see `mechsteer.backends.weights.add_rank`."""
-    from mechsteer.backends import weights
-
-    return weights.add_rank(hooked, layer, kind, reads, writes, head=head)
-
-
-def rank_hooks(
-    layer: int,
-    kind: str,
-    reads: Float[Tensor, "k d_in"],
-    writes: Float[Tensor, "_ d_model"],
-    *,
-    head: int | None = None,
-) -> list[tuple[str, Callable[..., Any]]]:
-    """Hooks that compute the same; see `mechsteer.backends.weights.rank_hooks`."""
-    from mechsteer.backends import weights
-
-    return weights.rank_hooks(layer, kind, reads, writes, head=head)
-
-
 def build_decoder(hooked: Any) -> Any:
     """The packed forward pass of a hooked model, or None where that does not cover it.
 
@@ -216,22 +164,6 @@ def build_decoder(hooked: Any) -> Any:
         )
         return None
     return built
-
-
-def covers(hooked: Any, sites: Iterable[Site]) -> bool:
-    """Whether a packed forward pass has these sites' activations; see `mechsteer.backends.states.covers`."""
-    from mechsteer.backends import states
-
-    return states.covers(hooked.cfg, sites)
-
-
-def states_at(
-    decoder: Any, prompts: Prompts, sites: Sequence[Site], where: Bool[Tensor, "batch pos"]
-) -> dict[Site, Float[Tensor, "row ..."]]:
-    """Activations at some tokens from the packed forward pass; see `mechsteer.backends.states.states_at`."""
-    from mechsteer.backends import states
-
-    return states.states_at(decoder, prompts, sites, where)
 
 
 def hub_folder(name: str, *, shipped: tuple[str, ...] = ()) -> Path:

@@ -1,6 +1,5 @@
 """The weights of a decoder's layers as the packed forward pass wants them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +156,7 @@ class Layer:
         grouped = hasattr(attn, "_W_K")
         k, v = (attn._W_K, attn._W_V) if grouped else (attn.W_K, attn.W_V)
         b_k, b_v = (attn._b_K, attn._b_V) if grouped else (attn.b_K, attn.b_V)
-        pair: Callable[[Tensor], Tensor] = rotation.pair
+        pair = rotation.pair
         qkv = torch.cat([w.permute(1, 0, 2).flatten(1) for w in (pair(attn.W_Q), pair(k), v)], 1)
         b_qkv = torch.cat([b.flatten() for b in (pair(attn.b_Q), pair(b_k), b_v)])
         mlp_in = torch.cat([mlp.W_gate, mlp.W_in], 1) if gated else mlp.W_in

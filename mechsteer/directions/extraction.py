@@ -80,7 +80,7 @@ def difference_of_means(
         }
         origin = {"method": "difference_of_means", "tokens": _words(tokens), **counts}
         difference = both["positives"] - both["negatives"]
-        direction = Direction(_stored(difference[None], model), site, model.id, origin)
+        direction = Direction(stored(difference[None], model), site, model.id, origin)
         made[site] = direction.unit if normalise else direction
     return made
 
@@ -142,7 +142,7 @@ def pca(
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))[:, 0].sign()
         components = components * torch.where(signs == 0, largest, signs.to(largest))[:, None]
         origin = {"method": "pca", "tokens": _words(tokens), "centre": centre, "explained": shares, **about}
-        made[site] = Direction(_stored(components, model), site, model.id, origin)
+        made[site] = Direction(stored(components, model), site, model.id, origin)
     return made
 
 
@@ -334,7 +334,7 @@ def _principal(
     return components[:k], (singular[:k] ** 2 / (singular**2).sum()).tolist()
 
 
-def _stored(vectors: Float[Tensor, "k d"], model: "Model") -> Float[Tensor, "k d"]:
+def stored(vectors: Float[Tensor, "k d"], model: "Model") -> Float[Tensor, "k d"]:
     """Where the model is and in its type, but at least fp32: half precision would lose most of a small difference."""
     return vectors.to(model.device, torch.promote_types(model.dtype, torch.float32))
 

@@ -9,24 +9,20 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsteer.activations import Activations
 from mechsteer.backends.autoencoder import SparseAutoencoder
 from mechsteer.backends.sae import auroc
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.features.states import at_counterparts, encoded, mean_features, site_states, token_features
+from mechsteer.gradients import graph_tokens, traced
 from mechsteer.interventions import SetFeature
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import one_of, precise
+from mechsteer.objectives.base import check_examples, one_of, precise
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, bootstrap_ci, provenance
 from mechsteer.rows import normalise_at, of_like_lengths, tokens_of
-from mechsteer.run import Run
 from mechsteer.sweeps import sweep
-
-# Tokens of a batch whose graph is held.
-_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def rank_by_contrast(
@@ -146,17 +142,13 @@ def rank_by_attribution(
     began = time.perf_counter()
     sae.check_fits(model)
     right = model.prompts(prompts).padded("right")
-    if measure.n_examples not in (None, len(right)):
-        raise MechsteerError(
-            f"{measure!r} holds values for {measure.n_examples} prompts, and {len(right)} were passed. "
-            "Make it from the same prompts."
-        )
+    check_examples(measure, right)
     rule = normalise_at(at)
     others = None if against is None else model.prompts(against).padded("right")
     there = None if others is None else at_counterparts(site_states(model, sae, others), others, right)
     scores = torch.zeros(len(right), sae.n_features, dtype=torch.float64)
     active = torch.zeros_like(scores)
-    for part in of_like_lengths(right.lengths.cpu(), _TOKENS.get(model.device.type, _TOKENS["cuda"])):
+    for part in of_like_lengths(right.lengths.cpu(), graph_tokens(model)):
         batch = right[part].padded("right")
         width = batch.tokens.shape[1]
         other = None if there is None else (there[0][part, :width], there[1][part, :width])
@@ -234,29 +226,15 @@ def _attributed(
 ) -> tuple[Float[Tensor, "prompt feature"], Float[Tensor, "prompt feature"]]:
     """Attributions and activations of all features, summed over the tokens `where`. `other` holds what the site has at
     these tokens without the prefix, and which of them count."""
-    leaves: list[Tensor] = []
-
-    def leaf(tensor: Tensor, hook: object) -> Tensor:
-        # The graph begins here: it exists whether or not parameters want gradients, and none go to them.
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    read = measure.reads(prompts)
-    read = torch.zeros_like(prompts.mask) if read is None else read
-    sites = list(measure.sites())
-    with torch.enable_grad():
-        rows, taken = model.forward(prompts, [(sae.site.hook_name, leaf)], sites, read=read)
-        value = measure(
-            Run(prompts, rows, read, Activations(taken, prompts=prompts, model=model.id), example.to(read.device))
+    run = traced(model, prompts, measure, example, [sae.site])
+    gradients = run.gradients()
+    if sae.site not in gradients:
+        raise MechsteerError(
+            f"{measure!r} has no gradient at {sae.site}. Use an objective computed from later logits or activations "
+            "with PyTorch."
         )
-        if not (leaves and value.requires_grad):
-            raise MechsteerError(
-                f"{measure!r} has no gradient at {sae.site}. Use an objective computed from later logits or "
-                "activations with PyTorch."
-            )
-        (gradient,) = torch.autograd.grad(value.sum(), leaves)
-    x, slope = (precise(each.detach().flatten(2)[where]) for each in (leaves[0], gradient))
-    if not bool(value.isfinite().all() and slope.isfinite().all()):
+    x, slope = (precise(each[sae.site].flatten(2)[where]) for each in (run.taken, gradients))
+    if not bool(run.value.isfinite().all() and slope.isfinite().all()):
         raise MechsteerError(f"{measure!r} or its gradient is NaN or infinite. Choose an objective that is finite.")
     row, decoder = torch.where(where)[0], sae.decoder.to(x)
     scores, active = torch.zeros(2, len(prompts), sae.n_features, device=x.device, dtype=x.dtype)

@@ -165,6 +165,15 @@ def examples_of(run: Run, held: int | None) -> Int[Tensor, " batch"]:
     return run.example
 
 
+def check_examples(objective: Objective, prompts: Prompts) -> None:
+    """Refuse another number of prompts than the objective holds values for."""
+    if objective.n_examples not in (None, len(prompts)):
+        raise MechsteerError(
+            f"{objective!r} holds values for {objective.n_examples} prompts, and {len(prompts)} were passed. Make it "
+            "from the same prompts."
+        )
+
+
 def decision_mask(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
     return prompts.at(prompts.decision)
 

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsteer.activations import Activations
 from mechsteer.errors import MechsteerError
+from mechsteer.gradients import Traced, graph_tokens, measured, traced
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.objectives.base import precise
@@ -20,12 +20,9 @@ from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
 from mechsteer.rows import At, of_like_lengths, tokens_of
-from mechsteer.run import Run
 from mechsteer.site import Site
 
 METHODS = ("gradient", "integrated_gradients", "atp_star")
-# Tokens of a batch whose graph is held.
-_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def attribution_patching(
@@ -101,7 +98,7 @@ def attribution_patching(
     out = {name: torch.zeros(len(cells), len(base), dtype=dtype) for name in names}
     before = torch.zeros(2, len(base), dtype=dtype)
     passes = {"gradient": 1, "integrated_gradients": steps, "atp_star": model.n_layers + 1}[method]
-    width = tokens or _TOKENS.get(model.device.type, _TOKENS["cuda"])
+    width = tokens or graph_tokens(model)
     with bar("gradients", len(base) * passes, show=progress) as shown:
         for example in of_like_lengths(base.lengths, width):
             pair = _Pair(
@@ -220,7 +217,7 @@ class _Pair:
     def plain(self, prompts: Prompts, sites: Sequence[Site]) -> tuple[Float[Tensor, " batch"], dict[Site, Tensor]]:
         """The objective, and activations, without a graph."""
         with torch.no_grad():
-            return self._run(prompts, self.example, [], sites)
+            return measured(self.model, prompts, self.measure, self.example, record=sites)
 
     def traced(
         self,
@@ -231,83 +228,31 @@ class _Pair:
         record: Sequence[Site] = (),
         embed: Float[Tensor, "row pos d_model"] | None = None,
         gate: Gate | None = None,
-    ) -> "_Traced":
+    ) -> Traced:
         """A run whose objective can be differentiated with respect to sites.
 
         Args:
-            record: sites whose activations are wanted.
+            record: more sites whose activations are wanted.
             embed: put in the place of the embeddings.
             gate: through which `attn_out` and `mlp_out` of every layer reach the residual stream.
         """
-        model, leaves = self.model, {site: [] for site in sites}
 
-        def leaf(site: Site, value: Tensor | None) -> tuple[str, Callable[..., Tensor]]:
-            # The graph begins here: it exists whether or not parameters want gradients, and none go to them.
-            return site.hook_name, lambda tensor, hook: (tensor if value is None else value).detach().requires_grad_()
+        def leaf(tensor: Tensor, hook: Any) -> Tensor:
+            # The graph begins before the sites, so that an objective that depends on none of them has gradients of 0.
+            return (tensor if embed is None else embed).detach().requires_grad_()
 
-        def keep(site: Site, at: Site) -> tuple[str, Callable[..., Tensor]]:
-            def take(tensor: Tensor, hook: Any) -> Tensor:
-                # A tensor of its own: the same one can be that of an earlier site, which the objective may read, and a
-                # bridge ignores the values that it shows its hooks unless another one comes back.
-                leaves[site].append(tensor.view_as(tensor))
-                return leaves[site][-1]
-
-            return at.hook_name, take
-
-        # A bridge's hook_resid_mid is the input of the MLP's norm alone. The residual stream is a sum, so that the
-        # gradient there is that of its other addend, taken where no gate has acted on it yet.
-        moved = [site for site in sites if site.kind == "resid_mid" and model.backend == "bridge"]
-        edits = [leaf(Site("embed"), embed)]
-        edits += [leaf(site, None) for site in sites if site.kind == "pos_embed"]
-        edits += [keep(site, site) for site in sites if site not in moved]
-        if gate is not None:
-            edits += [
-                (Site(kind, layer).hook_name, gate.hook(layer))
-                for layer in range(model.n_layers)
-                for kind in ("attn_out", "mlp_out")
-            ]
-        edits += [keep(site, Site("attn_out", site.layer)) for site in moved]
-        with torch.enable_grad():
-            value, taken = self._run(prompts, example, edits, list(dict.fromkeys([*record, *sites])))
-        if not value.requires_grad:
+        layers, kinds = range(self.model.n_layers), ("attn_out", "mlp_out")
+        gates = [] if gate is None else [(Site(kind, at).hook_name, gate.hook(at)) for at in layers for kind in kinds]
+        found = traced(
+            self.model, prompts, self.measure, example, sites,
+            edits=[(Site("embed").hook_name, leaf)], gates=gates, record=record,
+        )  # fmt: skip
+        if not found.value.requires_grad:
             raise MechsteerError(
                 f"{self.measure!r} has no gradient, so that attribution patching cannot estimate it. Use "
                 "activation_patching, or an objective computed from logits or activations with PyTorch."
             )
-        return _Traced(value, {site: taken[site].detach() for site in record}, leaves)
-
-    def _run(
-        self, prompts: Prompts, example: Int[Tensor, " row"], edits: Sequence[Any], sites: Sequence[Site]
-    ) -> tuple[Float[Tensor, " row"], dict[Site, Tensor]]:
-        read = self.measure.reads(prompts)
-        read = torch.zeros_like(prompts.mask) if read is None else read
-        wanted = list(dict.fromkeys([*sites, *self.measure.sites()]))
-        rows, taken = self.model.forward(prompts, edits, wanted, read=read)
-        held = {site: taken[site] for site in self.measure.sites()}
-        activations = Activations(held, prompts=prompts, model=self.model.id)
-        return self.measure(Run(prompts, rows, read, activations, example.to(read.device))), taken
-
-
-@dataclass(frozen=True)
-class _Traced:
-    """The objective of each row of a run, recorded activations, and the tensors of each site that gradients go to."""
-
-    value: Float[Tensor, " row"]
-    taken: dict[Site, Tensor]
-    leaves: dict[Site, list[Tensor]]
-
-    def gradients(self, *, keep_graph: bool = False) -> dict[Site, Tensor]:
-        """dM/da at each site. It lacks sites that the objective does not depend on."""
-        flat = [(site, tensor) for site, each in self.leaves.items() for tensor in each if tensor.requires_grad]
-        tensors = [tensor for _, tensor in flat]
-        ones = torch.ones_like(self.value)
-        found = torch.autograd.grad(self.value, tensors, ones, retain_graph=keep_graph, allow_unused=True)
-        out: dict[Site, Tensor] = {}
-        for (site, _), gradient in zip(flat, found, strict=True):
-            if gradient is not None:
-                # A HookedTransformer runs hook points of its norms once for each of queries, keys and values.
-                out[site] = out[site] + gradient if site in out else gradient
-        return out
+        return found
 
 
 @dataclass(frozen=True)
@@ -341,11 +286,11 @@ _Values = tuple[list[Tensor], Tensor]
 
 def _gradient(pair: _Pair, cells: _Cells, advance: Callable[[int], None]) -> _Values:
     after, source = pair.plain(pair.source, pair.points)
-    traced = pair.traced(pair.base, pair.example, pair.points, record=pair.points)
-    estimates = _linear(pair.points, traced.taken, source)
-    values = cells.reduce(estimates, traced.gradients(), pair.base)
+    run = pair.traced(pair.base, pair.example, pair.points)
+    estimates = _linear(pair.points, run.taken, source)
+    values = cells.reduce(estimates, run.gradients(), pair.base)
     advance(len(pair.base))
-    return [values], torch.stack([traced.value.detach(), after])
+    return [values], torch.stack([run.value.detach(), after])
 
 
 def _integrated(pair: _Pair, cells: _Cells, steps: int, tokens: int, advance: Callable[[int], None]) -> _Values:
@@ -359,8 +304,8 @@ def _integrated(pair: _Pair, cells: _Cells, steps: int, tokens: int, advance: Ca
         share = part.to(base[embed]).view(-1, 1, 1, 1)
         line = torch.lerp(base[embed][None], source[embed][None], share).flatten(0, 1)
         rows = torch.arange(batch).repeat(len(part))
-        traced = pair.traced(pair.base[rows], pair.example[rows], pair.points, embed=line)
-        for site, gradient in traced.gradients().items():
+        run = pair.traced(pair.base[rows], pair.example[rows], pair.points, embed=line)
+        for site, gradient in run.gradients().items():
             total = precise(gradient).unflatten(0, (len(part), batch)).sum(0) / steps
             mean[site] = mean[site] + total if site in mean else total
         advance(len(rows))
@@ -373,13 +318,13 @@ def _atp_star(pair: _Pair, cells: _Cells, advance: Callable[[int], None]) -> _Va
     wanted = [*pair.points, *recorded]
     after, source = pair.plain(pair.source, wanted)
     sites = list(dict.fromkeys([*pair.points, *patterns]))
-    traced = pair.traced(pair.base, pair.example, sites, record=wanted, gate=gate)
-    estimates: dict[Site, Estimator] = _linear(pair.points, traced.taken, source)
-    estimates |= softmaxed(pair.model, pair.points, traced.taken, source, pair.base)
+    run = pair.traced(pair.base, pair.example, sites, record=recorded, gate=gate)
+    estimates: dict[Site, Estimator] = _linear(pair.points, run.taken, source)
+    estimates |= softmaxed(pair.model, pair.points, run.taken, source, pair.base)
 
     def estimate(dropped: int | None) -> Float[Tensor, "cell batch"]:
         gate.dropped = dropped
-        values = cells.reduce(estimates, traced.gradients(keep_graph=True), pair.base)
+        values = cells.reduce(estimates, run.gradients(keep_graph=True), pair.base)
         advance(len(pair.base))
         return values
 
@@ -391,4 +336,4 @@ def _atp_star(pair: _Pair, cells: _Cells, advance: Callable[[int], None]) -> _Va
     for layer in range(first, n_layers):
         total = total + estimate(layer).abs()
     score = total / (n_layers - 1) if n_layers > 1 else effect.abs()
-    return [effect, score], torch.stack([traced.value.detach(), after])
+    return [effect, score], torch.stack([run.value.detach(), after])

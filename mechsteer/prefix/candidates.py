@@ -15,7 +15,7 @@ from mechsteer.backends.packing import Pack, whole_pack
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import precise
+from mechsteer.objectives.base import check_examples, precise
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
 from mechsteer.run import Run
@@ -78,11 +78,7 @@ class CandidateLosses:
     def __init__(self, model: Model, prompts: PromptsLike, objective: Objective, *, fluency: float = 0.0) -> None:
         self.model, self.objective, self.fluency = model, objective, fluency
         self.prompts = model.prompts(prompts).padded("right")
-        if objective.n_examples not in (None, len(self.prompts)):
-            raise MechsteerError(
-                f"{objective!r} holds values for {objective.n_examples} prompts, and {len(self.prompts)} were passed. "
-                "Make it from the same prompts."
-            )
+        check_examples(objective, self.prompts)
         self.table = embeddings(model)
         # The packed pass leaves no activations behind; objectives that read some take whole forward passes.
         self.decoder = None if objective.sites() else model.decoder

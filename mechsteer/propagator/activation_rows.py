@@ -1,25 +1,20 @@
 """Vectors for a behaviour, one row for each prompt or token: differences of pairs, gradients, activations."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsteer.activations import Activations
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
+from mechsteer.gradients import graph_tokens, traced
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.objectives.base import check_tokens, precise, tokens_at
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
-from mechsteer.run import Run
 from mechsteer.site import Site, SiteLike
-
-# Tokens of a batch whose activations or graph are held.
-_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 def paired_differences(
@@ -95,8 +90,13 @@ def prompt_gradients(
         for part in _parts(model, right):
             batch = right[part].padded("right")
             chosen = _chosen(batch, tokens)
-            gradient = _gradient(model, batch, part, measure, where)
-            rows.append((precise(gradient) * chosen[:, :, None]).sum(1))
+            gradients = traced(model, batch, measure, part, [where]).gradients()
+            if where not in gradients:
+                raise MechsteerError(
+                    f"{measure!r} has no gradient at {where}. Choose an earlier site, or an objective computed from "
+                    "logits or later activations with PyTorch."
+                )
+            rows.append((precise(gradients[where]) * chosen[:, :, None]).sum(1))
             shown.advance(len(part))
     origin = {"method": "prompt_gradients", "measure": repr(measure), "tokens": tokens, "prompts": right.hash}
     return Direction(torch.cat(rows), where, model.id, origin)
@@ -160,32 +160,6 @@ def whitened(rows: Direction, texts: Direction | Sequence[Direction], *, ridge: 
     return Direction(turned.to(rows.vectors), rows.site, rows.model or groups[0].model, origin)
 
 
-def _gradient(
-    model: Model, batch: Prompts, example: Int[Tensor, " part"], measure: Objective, site: Site
-) -> Float[Tensor, "batch pos d_model"]:
-    leaves: list[Tensor] = []
-
-    def leaf(tensor: Tensor, hook: Any) -> Tensor:
-        # The graph begins here: it exists whether or not parameters want gradients, and none go to them.
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
-
-    read = measure.reads(batch)
-    read = torch.zeros_like(batch.mask) if read is None else read
-    with torch.enable_grad():
-        rows, taken = model.forward(batch, [(site.hook_name, leaf)], measure.sites(), read=read)
-        activations = Activations(taken, prompts=batch, model=model.id)
-        value = measure(Run(batch, rows, read, activations, example.to(read.device)))
-    reached = leaves and value.requires_grad  # a run without logits ends after the last site that is read
-    found = torch.autograd.grad(value.sum(), leaves, allow_unused=True)[0] if reached else None
-    if found is None:
-        raise MechsteerError(
-            f"{measure!r} has no gradient at {site}. Choose an earlier site, or an objective computed from logits or "
-            "later activations with PyTorch."
-        )
-    return found
-
-
 def _token_means(model: Model, right: Prompts, site: Site, tokens: int | str) -> Float[Tensor, "batch d_model"]:
     return torch.cat(
         [
@@ -206,7 +180,7 @@ def _recorded(
 
 
 def _parts(model: Model, right: Prompts) -> Sequence[Int[Tensor, " part"]]:
-    size = max(1, _TOKENS.get(model.device.type, _TOKENS["cuda"]) // right.tokens.shape[1])
+    size = max(1, graph_tokens(model) // right.tokens.shape[1])
     return torch.arange(len(right)).split(size)
 
 

@@ -15,20 +15,20 @@ from markupsafe import Markup
 from torch import Tensor
 
 from mechsteer import markup
-from mechsteer.activations import Activations, ModelId
+from mechsteer.activations import ModelId
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
+from mechsteer.gradients import graph_tokens, traced
 from mechsteer.hooks import Intervention
 from mechsteer.interventions import Add, Replace, SoftPrefix
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import one_of, precise, tokens_at
+from mechsteer.objectives.base import check_examples, one_of, precise, tokens_at
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.intervals import check_finite, with_intervals
 from mechsteer.result import Result, provenance
 from mechsteer.rows import of_like_lengths
-from mechsteer.run import Run
 from mechsteer.site import Site
 from mechsteer.sweeps import sweep
 from mechsteer.vocabulary import (
@@ -40,10 +40,6 @@ from mechsteer.vocabulary import (
     insert,
     token_texts,
 )
-
-# Tokens of a batch whose graph is held.
-_TOKENS = {"cpu": 2048, "cuda": 16384}
-
 
 # ---- the gradient ----
 
@@ -143,11 +139,7 @@ def gap_gradient(
         MechsteerError: the objective has no gradient, holds values for another number of prompts, or is not finite.
     """
     right = model.prompts(prompts).padded("right")
-    if measure.n_examples not in (None, len(right)):
-        raise MechsteerError(
-            f"{measure!r} holds values for {measure.n_examples} prompts, and {len(right)} were passed. "
-            "Make it from the same prompts."
-        )
+    check_examples(measure, right)
     stands = filling(embeddings(model), filler) if filler is not None or bool(right.slots.any()) else None
     shape = (*right.tokens.shape, model.d_model)
     gradient, embed = (
@@ -155,7 +147,7 @@ def gap_gradient(
     )
     value = gradient.new_zeros(len(right))
     with bar("gradients", len(right), show=progress) as shown:
-        for example in of_like_lengths(right.lengths, tokens or _TOKENS.get(model.device.type, _TOKENS["cuda"])):
+        for example in of_like_lengths(right.lengths, tokens or graph_tokens(model)):
             part = right[example].padded("right")
             width = part.tokens.shape[1]
             value[example], gradient[example, :width], embed[example, :width] = _gradient(
@@ -177,28 +169,20 @@ def _gradient(
     example: Int[Tensor, " batch"],
     stands: Float[Tensor, " d_model"] | None,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]:
-    leaves: list[Tensor] = []
+    embed = Site("embed")
 
-    def leaf(tensor: Tensor, hook: object) -> Tensor:
-        # The graph begins here: it exists whether or not parameters want gradients, and none go to them.
-        filled = tensor if stands is None else torch.where(prompts.slots[..., None], stands.to(tensor), tensor)
-        leaves.append(filled.detach().requires_grad_())
-        return leaves[-1]
+    def fill(tensor: Tensor, hook: object) -> Tensor:
+        return tensor if stands is None else torch.where(prompts.slots[..., None], stands.to(tensor), tensor)
 
-    read = measure.reads(prompts)
-    read = torch.zeros_like(prompts.mask) if read is None else read
-    with torch.enable_grad():
-        rows, taken = model.forward(prompts, [(Site("embed").hook_name, leaf)], list(measure.sites()), read=read)
-        activations = Activations(taken, prompts=prompts, model=model.id)
-        value = measure(Run(prompts, rows, read, activations, example.to(read.device)))
-        if not value.requires_grad:
-            raise MechsteerError(
-                f"{measure!r} has no gradient at the embeddings. Use an objective computed from logits or activations "
-                "with PyTorch."
-            )
-        (found,) = torch.autograd.grad(value.sum(), leaves)
+    run = traced(model, prompts, measure, example, [embed], edits=[(embed.hook_name, fill)])
+    gradients = run.gradients()
+    if embed not in gradients:
+        raise MechsteerError(
+            f"{measure!r} has no gradient at the embeddings. Use an objective computed from logits or activations "
+            "with PyTorch."
+        )
     keep = prompts.mask[..., None]
-    return value.detach(), precise(found) * keep, precise(leaves[0].detach()) * keep
+    return run.value.detach(), precise(gradients[embed]) * keep, precise(run.taken[embed]) * keep
 
 
 # ---- from a vector to tokens ----

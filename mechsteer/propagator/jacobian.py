@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mechsteer import markup
-from mechsteer.activations import Activations
 from mechsteer.backends.decoder import Capture
 from mechsteer.backends.packing import Layout, Pack
 from mechsteer.engine import Engine
 from mechsteer.errors import MechsteerError
+from mechsteer.gradients import measured
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
-from mechsteer.run import Run
 from mechsteer.site import Site
 
 _OFFSET = {"resid_pre": 0, "resid_mid": 1, "resid_post": 2}
@@ -277,26 +276,20 @@ def _hooked(
         moved[stage] = Site("attn_out", layer)
         sites = [each for each in sites if each != Site("resid_mid", layer)]
         sites += [Site("resid_pre", layer), moved[stage]]
-    read, needed = torch.zeros_like(prompts.mask), []
-    if isinstance(end, Objective):
-        reads = end.reads(prompts)
-        read, needed = (read if reads is None else reads), list(end.sites())
-    elif end is not None:
-        read = prompts.at(stop)
     sites = list(dict.fromkeys(sites))
-    rows, taken = model.forward(prompts, [tap(site) for site in sites], [*dict.fromkeys([*sites, *needed])], read=read)
-    value: Tensor | None = None
+    edits = [tap(site) for site in sites]
+    batch = torch.arange(len(prompts), device=start.device)
     if isinstance(end, Objective):
-        held = Activations({site: taken[site] for site in needed}, prompts=prompts, model=model.id)
-        value = end(Run(prompts, rows, read, held, torch.arange(len(prompts), device=read.device)))[:, None]
+        value = measured(model, prompts, end, batch, edits=edits, record=sites)[0][:, None]
         if not value.requires_grad:
             raise MechsteerError(
                 f"{end!r} has no gradient, so that nothing propagates to it. Pass an objective that is computed from "
                 "logits or activations with PyTorch."
             )
-    elif end is not None:
-        value = rows
-    batch = torch.arange(len(prompts), device=start.device)
+    else:
+        read = torch.zeros_like(prompts.mask) if end is None else prompts.at(stop)
+        rows, _ = model.forward(prompts, edits, sites, read=read)
+        value = None if end is None else rows
     values = {stage: taps[site] for stage, site in moved.items()}
     values |= {stage: taps[Site("resid_pre", layer)] + taps[moved[stage]] for stage, layer in halves.items()}
     points = {stage: (values[stage], taps[moved[stage]], lambda pos: (batch, pos)) for stage in stages}

@@ -1,7 +1,7 @@
 """How far a push may go before its first-order prediction is off: the linear regime of an objective."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,9 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsteer.activations import Activations
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
+from mechsteer.gradients import graph_tokens, traced
 from mechsteer.interventions import Add
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
@@ -21,15 +21,12 @@ from mechsteer.prompts import Prompts
 from mechsteer.propagator.spectra import normal
 from mechsteer.result import Result, provenance
 from mechsteer.rows import check_at, normalise_at, of_like_lengths, tokens_of
-from mechsteer.run import Run
 from mechsteer.site import Site
 from mechsteer.sweeps import sweep
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 BELOW, WITHIN, ABOVE = -1, 0, 1
 DirectionLike = Direction | Tensor | Mapping[Site, Direction]
-# Tokens of a batch whose graph is held.
-_TOKENS = {"cpu": 2048, "cuda": 16384}
 # What rounding makes of the largest value seen: this many units in the last place, 1e-5 of it in fp32; at least two of
 # the model's own, where that is coarser.
 _ROUNDING = 100
@@ -267,54 +264,22 @@ def _gradients(
         *shape, model.d_model, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device
     )
     norms = gradient.new_full(shape, torch.nan)
-    for example in of_like_lengths(right.lengths, _TOKENS.get(model.device.type, _TOKENS["cuda"])):
+    for example in of_like_lengths(right.lengths, graph_tokens(model)):
         part = right[example].padded("right")
         mask = where[example, : part.tokens.shape[1]]
-        for index, (x, found) in enumerate(_traced(model, part, example, measure, sites)):
-            gradient[index, example] = (found * mask[..., None]).sum(1)
-            norms[index, example] = x.norm(dim=-1).masked_fill(~mask, torch.nan).nanmedian(1).values
+        run = traced(model, part, measure, example, sites)
+        found = run.gradients()
+        if not found:
+            raise MechsteerError(
+                f"{measure!r} has no gradient at {sites[0].kind} of layer {sites[0].layer} or later, so that nothing "
+                "predicts it. Choose earlier layers, or an objective computed from logits or activations with PyTorch."
+            )
+        for index, site in enumerate(sites):
+            if site in found:
+                gradient[index, example] = (precise(found[site]) * mask[..., None]).sum(1)
+            lengths = precise(run.taken[site]).norm(dim=-1)
+            norms[index, example] = lengths.masked_fill(~mask, torch.nan).nanmedian(1).values
     return gradient, norms.nanmean(1).double().cpu().numpy(), where.any(1).cpu().numpy()
-
-
-def _traced(
-    model: Model, batch: Prompts, example: Int[Tensor, " batch"], measure: Objective, sites: Sequence[Site]
-) -> list[tuple[Float[Tensor, "batch pos d_model"], Float[Tensor, "batch pos d_model"]]]:
-    """Activations and gradients at each site, from one backward pass."""
-    taps: dict[Site, Tensor] = {}
-
-    def tap(site: Site) -> tuple[str, Callable[..., Tensor]]:
-        def take(tensor: Tensor, hook: Any) -> Tensor:
-            # The graph begins at the first; later ones are tensors of their own in it.
-            taps[site] = tensor.view_as(tensor) if taps else tensor.detach().requires_grad_()
-            return taps[site]
-
-        return site.hook_name, take
-
-    # A bridge's hook_resid_mid is the input of the MLP's norm alone; the stream there is a sum, whose other addend
-    # moves it whole.
-    split = model.backend == "bridge" and sites[0].kind == "resid_mid"
-    moved = [Site("attn_out", site.layer) for site in sites] if split else list(sites)
-    others = [Site("resid_pre", site.layer) for site in sites] if split else []
-    read = measure.reads(batch)
-    read = torch.zeros_like(batch.mask) if read is None else read
-    wanted = list(dict.fromkeys([*moved, *others, *measure.sites()]))
-    with torch.enable_grad():
-        rows, taken = model.forward(batch, [tap(site) for site in moved], wanted, read=read)
-        held = Activations({site: taken[site] for site in measure.sites()}, prompts=batch, model=model.id)
-        value = measure(Run(batch, rows, read, held, example.to(read.device)))
-        points = [taps[site] for site in moved]
-        found = torch.autograd.grad(value.sum(), points, allow_unused=True) if value.requires_grad else None
-    if found is None or all(each is None for each in found):
-        raise MechsteerError(
-            f"{measure!r} has no gradient at {sites[0].kind} of layer {sites[0].layer} or later, so that nothing "
-            "predicts it. Choose earlier layers, or an objective computed from logits or activations with PyTorch."
-        )
-    out = []
-    for index, (site, each) in enumerate(zip(moved, found, strict=True)):
-        x = taken[site] + taken[others[index]] if split else taken[site]
-        x = precise(x.detach())
-        out.append((x, torch.zeros_like(x) if each is None else precise(each)))
-    return out
 
 
 # ---- what was asked for ----

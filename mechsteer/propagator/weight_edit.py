@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from mechsteer import backends, markup
+from mechsteer import markup
+from mechsteer.backends.weights import RANK_KINDS, rank_hooks
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
 
-READ_KINDS = ("mlp_post", "mlp_out", "z", "attn_out")
 WRITE_KINDS = ("resid_post", "mlp_out", "resid_mid", "attn_out")
 
 
@@ -46,7 +46,7 @@ class RankEdit:
     def __post_init__(self) -> None:
         source, target = self.reads.site, self.writes.site
         mlp = source.kind.startswith("mlp")
-        fits = source.kind in READ_KINDS and target.kind in WRITE_KINDS[0 if mlp else 2 :][:2]
+        fits = source.kind in RANK_KINDS and target.kind in WRITE_KINDS[0 if mlp else 2 :][:2]
         if not fits or source.layer != target.layer or (source.head is None) == (source.kind == "z"):
             raise MechsteerError(
                 f"RankEdit got reads at {source} and writes at {target}. Reads at mlp_post or mlp_out write to "
@@ -78,7 +78,7 @@ class RankEdit:
         """
         layer = self._check(model)
         site = self.reads.site
-        return backends.rank_hooks(layer, site.kind, self.reads.vectors, self.writes.vectors, head=site.head)
+        return rank_hooks(layer, site.kind, self.reads.vectors, self.writes.vectors, head=site.head)
 
     def to_weights(self, model: Model) -> Model:
         """A copy of the model with the edit in its weights.

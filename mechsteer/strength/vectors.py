@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from jaxtyping import Float
-from torch import Tensor
 
 from mechsteer.directions import Direction, difference_of_means
-from mechsteer.directions.extraction import text_means
+from mechsteer.directions.extraction import stored, text_means
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
 from mechsteer.prompts import Prompts
@@ -127,8 +125,7 @@ def resampled_vectors(
                     group[site][torch.from_numpy(which)].mean(0) for group, which in zip(rows, picked, strict=True)
                 ]
                 origin = {"method": "difference_of_means", "tokens": "all", "resample": {"seed": seed, "size": size}}
-                vector = _stored(means[0] - means[1], model)
-                direction = Direction(vector[None], site, model.id, origin)
+                direction = Direction(stored((means[0] - means[1])[None], model), site, model.id, origin)
                 name = f"{direction_name(concept.name, site)}, seed {number}"
                 direction = direction.unit if normalise else direction
                 made[name] = _noted(direction, concept=concept.name, recipe=recipe, seed=number)
@@ -227,8 +224,3 @@ def _texts(model: Model, texts: Sequence[str], recipe: str, max_tokens: int) -> 
 
 def _draw(rng: np.random.Generator, n: int, size: int | None) -> np.ndarray:
     return rng.integers(n, size=n) if size is None else rng.permutation(n)[:size]
-
-
-def _stored(vector: Float[Tensor, " d"], model: Model) -> Float[Tensor, " d"]:
-    """As `difference_of_means` stores it: where the model is, at least in fp32."""
-    return vector.to(model.device, torch.promote_types(model.dtype, torch.float32))

@@ -59,30 +59,51 @@ def claim(folder: Path, settings: Settings, model: ModelId) -> None:
 
 def check(folder: Path, settings: Settings, model: ModelId | None = None) -> None:
     """Raise `MechsteerError` unless the folder is free, or holds this study (and, where given, of this model)."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise MechsteerError(f"{folder} is a file. Give a folder for the study, new or empty.")
-    if not (folder / STUDY).exists():
-        # What a run leaves that was killed before it claimed the folder.
-        others = sorted({each.name for each in folder.iterdir()} - {LOCK, f".{STUDY}.tmp"})
-        if others:
-            raise MechsteerError(
-                f"{folder} is not empty and holds no study (it holds {', '.join(others[:3])}"
-                f"{', ...' if len(others) > 3 else ''}). Give a new or an empty folder."
-            )
+    if not claimed(folder, STUDY, holds="study", give="a folder for the study"):
         return
     theirs, made_with = read(folder)
-    there, here = theirs.identity, settings.identity
+    difference = differing(theirs.identity, settings.identity, made_with, model)
+    if difference:
+        raise MechsteerError(
+            f"{folder} holds another study ({difference}). Give another folder, or the settings of that study."
+        )
+
+
+def claimed(folder: Path, file: str, *, holds: str, give: str) -> bool:
+    """Whether something has made the folder its own with `file`; False where it is free.
+
+    Raises:
+        MechsteerError: it is a file, or not empty and not claimed.
+    """
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise MechsteerError(f"{folder} is a file. Give {give}, new or empty.")
+    if (folder / file).exists():
+        return True
+    # What a run leaves that was killed before it claimed the folder.
+    others = sorted({each.name for each in folder.iterdir()} - {LOCK, f".{file}.tmp"})
+    if others:
+        raise MechsteerError(
+            f"{folder} is not empty and holds no {holds} (it holds {', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}). Give a new or an empty folder."
+        )
+    return False
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any], made_with: ModelId, model: ModelId | None) -> str:
+    """The first setting in which a folder differs from what is asked for, or else its model where that is known; ""
+    where neither does."""
     for name in here:
         if there[name] != here[name]:
-            a, b = (_shown(name, values) for values in (there[name], here[name]))
+            a, b = (f"{len(each[name])} of them" if name == "requests" else repr(each[name]) for each in (there, here))
             if a == b:  # as many requests, but others
                 a, b = "some", "others"
-            raise MechsteerError(_another(folder, f"{name}: {a} there, {b} here"))
+            return f"{name}: {a} there, {b} here"
     if model is not None and model.hash != made_with.hash:
         a, b = (f"{each.name} (weights {each.hash[:12]})" for each in (made_with, model))
-        raise MechsteerError(_another(folder, f"model: {a} there, {b} here"))
+        return f"model: {a} there, {b} here"
+    return ""
 
 
 @contextmanager
@@ -113,11 +134,3 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
-
-
-def _shown(name: str, value: Any) -> str:
-    return f"{len(value)} of them" if name == "requests" else repr(value)
-
-
-def _another(folder: Path, difference: str) -> str:
-    return f"{folder} holds another study ({difference}). Give another folder, or the settings of that study."

@@ -374,39 +374,21 @@ def _other(case: Case, name: str, size: int, log: Log) -> tuple[Model, Prompts]:
 
 def _check(folder: Path, settings: Settings, options: Options, model: ModelId | None = None) -> None:
     """Raise `MechsteerError` unless the folder is free, or that of this call (and, where given, of this model)."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise MechsteerError(f"{folder} is a file. Give a folder, new or empty.")
-    if not (folder / FILE).exists():
-        others = sorted({each.name for each in folder.iterdir()} - {folders.LOCK, f".{FILE}.tmp"})
-        if others:
-            raise MechsteerError(
-                f"{folder} is not empty and holds no search for other words (it holds {', '.join(others[:3])}"
-                f"{', ...' if len(others) > 3 else ''}). Give a new or an empty folder."
-            )
+    if not folders.claimed(folder, FILE, holds="search for other words", give="a folder"):
         return
     theirs, searched, made_with = _read(folder)
     there, here = (one.identity | asdict(two) for one, two in ((theirs, searched), (settings, options)))
-    for name in here:
-        if there[name] != here[name]:
-            a, b = (f"{len(each[name])} of them" if name == "requests" else repr(each[name]) for each in (there, here))
-            if a == b:  # as many requests, but others
-                a, b = "some", "others"
-            raise MechsteerError(_another(folder, f"{name}: {a} there, {b} here"))
-    if model is not None and model.hash != made_with.hash:
-        a, b = (f"{each.name} (weights {each.hash[:12]})" for each in (made_with, model))
-        raise MechsteerError(_another(folder, f"model: {a} there, {b} here"))
+    difference = folders.differing(there, here, made_with, model)
+    if difference:
+        raise MechsteerError(
+            f"{folder} holds another search ({difference}). Give another folder, or the options of that search."
+        )
 
 
 def _is(model: str | PathLike[str] | Model, folder: Path) -> bool:
     """Whether it is the model that a folder's results are of, as far as one can tell without loading it."""
     settings, _, there = _read(folder)
     return model.id.hash == there.hash if isinstance(model, Model) else fspath(model) == settings.model
-
-
-def _another(folder: Path, difference: str) -> str:
-    return f"{folder} holds another search ({difference}). Give another folder, or the options of that search."
 
 
 def _claim(folder: Path, settings: Settings, options: Options, model: ModelId) -> None:

@@ -9,8 +9,9 @@ from autoencoders import autoencoder
 from test_features_ranking import pairs
 
 import mechsteer as ms
+from mechsteer import gradients
 from mechsteer.backends.autoencoder import SparseAutoencoder
-from mechsteer.features import causes, ranking, states
+from mechsteer.features import causes, states
 from mechsteer.features.causes import mediation
 from mechsteer.features.ranking import rank_by_attribution, rank_by_contrast
 
@@ -43,7 +44,7 @@ def unlike(model: ms.Model) -> tuple[ms.Prompts, ms.Prompts]:
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(states._HELD, "cpu", FEW * 48 + 1)
     monkeypatch.setitem(states._TOKENS, "cpu", 20)
-    monkeypatch.setitem(ranking._TOKENS, "cpu", 20)
+    monkeypatch.setitem(gradients._TOKENS, "cpu", 20)
     monkeypatch.setitem(causes._HELD, "cpu", 1)
 
 

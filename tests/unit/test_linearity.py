@@ -188,7 +188,7 @@ def test_every_prompt_is_measured_alone_and_batches_do_not_matter(
     prompts = ms.Prompts.from_ids([tokens[0], tokens[1][:2], tokens[2]]).with_completions([[5], [6, 7], [8]])
     loss, options = ms.TeacherForcedCE() + 0.1 * gap, {"directions": {"v": drawn(D)}, "random": 1, "sizes": [0.01, 1.0]}
     whole = linear_regime(model, prompts.padded("left"), measure=loss, **options)
-    monkeypatch.setattr("mechsteer.propagator.linearity._TOKENS", {"cpu": 5, "cuda": 5})
+    monkeypatch.setattr("mechsteer.gradients._TOKENS", {"cpu": 5, "cuda": 5})
     apart = linear_regime(model, prompts, measure=loss, **options)
     for name in whole.data.data_vars:
         np.testing.assert_allclose(apart[str(name)], whole[str(name)], rtol=1e-8, atol=1e-12)
