@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def zoo_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folder of each architecture's tiny model. Read only: copy one before changing it."""
     root = tmp_path_factory.mktemp("zoo")
-    return {name: zoo.write_folder(name, root / name) for name in zoo.ARCHITECTURES}
+    return {name: zoo.write_folder(name, root / name) for name in (*zoo.ARCHITECTURES, *zoo.PARTLY_ROTARY)}
 
 
 @pytest.fixture(scope="session")

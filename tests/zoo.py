@@ -23,6 +23,8 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -129,6 +131,29 @@ def _gemma3_vision(**overrides: Any) -> PreTrainedConfig:
     return Gemma3Config(text_config=_gemma3(**overrides), vision_config=vision, mm_tokens_per_image=4, **image_ids)
 
 
+def _gptj(**overrides: Any) -> PreTrainedConfig:
+    # TransformerLens has its epsilon and the width of its MLP in its source.
+    settings = {
+        "vocab_size": D_VOCAB, "n_positions": N_CTX, "n_embd": D_MODEL, "n_layer": N_LAYERS, "n_head": N_HEADS,
+        "rotary_dim": 4, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    return GPTJConfig(**{**settings, **overrides})
+
+
+def _neox(**overrides: Any) -> PreTrainedConfig:
+    settings = {
+        "vocab_size": D_VOCAB, "hidden_size": D_MODEL, "intermediate_size": 3 * D_MODEL, "num_hidden_layers": N_LAYERS,
+        "num_attention_heads": N_HEADS, "max_position_embeddings": N_CTX, "layer_norm_eps": 1e-3, "bos_token_id": 1,
+        "eos_token_id": 2, "use_parallel_residual": True, "tie_word_embeddings": False,
+        "rope_parameters": _rope(10_000.0, partial_rotary_factor=0.5),
+    }  # fmt: skip
+    return GPTNeoXConfig(**{**settings, **overrides})
+
+
+def _neox_sequential(**overrides: Any) -> PreTrainedConfig:
+    return _neox(**{"use_parallel_residual": False, **overrides})
+
+
 _CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "gemma": _gemma,
     "gpt2": _gpt2,
@@ -138,9 +163,15 @@ _CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
     "gemma3_vision": _gemma3_vision,
     "qwen3": _qwen3,
     "mistral": _mistral,
+    "gptj": _gptj,
+    "neox": _neox,
+    "neox_sequential": _neox_sequential,
 }
 # The ones that every test of the zoo runs on; the others are built by name where they matter.
 ARCHITECTURES = ("gpt2", "llama", "gemma2", "gemma3", "qwen3", "mistral")
+# Of heads that are rotated in part: GPT-J in adjacent pairs, GPT-NeoX in halves, with the MLP beside the attention or,
+# as in Pythia's less common sibling, behind it.
+PARTLY_ROTARY = ("gptj", "neox", "neox_sequential")
 # Which of them put a beginning-of-sequence token before a text, as their published namesakes do.
 PREPENDS_BOS = ("llama", "gemma", "gemma2", "gemma3", "gemma3_vision", "mistral")
 

@@ -121,12 +121,20 @@ def fingerprint(hooked: Any) -> tuple[Any, ...]:
 
 
 def weights_hash(hooked: Any) -> str:
-    """SHA-256 of the settings that matter for what is computed, and of names, shapes and values of all parameters."""
-    config = hooked.original_model.config if backend_of(hooked) == "bridge" else hooked.cfg
+    """SHA-256 of the settings that matter for what is computed, and of names, shapes and values of all parameters.
+
+    A bridge's are those that a `HookedTransformer` of the same weights has, where there can be one: what was made with
+    one of the two goes to the other.
+    """
+    config, parameters = hooked.cfg, hooked.named_parameters()
+    if backend_of(hooked) == "bridge":
+        from mechsteer.backends.bridge import classic_weights
+
+        config, parameters = classic_weights(hooked) or (hooked.original_model.config, parameters)
     skipped = set(_NOT_COMPUTED_WITH.split())
     settings = {key: str(value) for key, value in config.to_dict().items() if key not in skipped}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, parameter in hooked.named_parameters():
+    for name, parameter in parameters:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

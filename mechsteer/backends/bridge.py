@@ -1,14 +1,17 @@
 """TransformerLens's `TransformerBridge`: transformers' own modules under HookedTransformer's hook names."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from mechsteer.errors import ModelLoadError
 
 if TYPE_CHECKING:
+    from transformer_lens import HookedTransformerConfig
     from transformer_lens.model_bridge import TransformerBridge
 
     from mechsteer.backends.huggingface import Source
@@ -60,26 +63,47 @@ def hooked_twin(bridge: Any) -> Any:
 
     For code that reads weights by TransformerLens's classic names; the bridge's own config lacks most settings.
     """
+    from mechsteer.backends import hooked_transformer
+
+    weight = next(bridge.parameters())
+    try:
+        source = _source(bridge)
+        if source is None:
+            return None
+        return hooked_transformer.from_huggingface(source, device=weight.device, dtype=weight.dtype)
+    except Exception:  # whatever transformers or TransformerLens raise for what they do not cover
+        return None
+
+
+def classic_weights(bridge: Any) -> "tuple[HookedTransformerConfig, Iterator[tuple[str, Tensor]]] | None":
+    """Config, and names and values of all parameters, of the `HookedTransformer` that `hooked_twin` would make; None
+    where it would make none. Nothing that large models have much of is copied: what is given are views."""
+    from mechsteer.backends import hooked_transformer
+
+    try:
+        source = _source(bridge)
+        return None if source is None else hooked_transformer.layout(source, dtype=next(bridge.parameters()).dtype)
+    except Exception:  # as above
+        return None
+
+
+def _source(bridge: Any) -> "Source | None":
+    """The transformers model inside a bridge, under its own names and with the same tensors; None where the weights
+    are no longer those of its architecture."""
     from transformers import AutoModelForCausalLM
 
-    from mechsteer.backends import hooked_transformer
     from mechsteer.backends.huggingface import Source
 
     if is_processed(bridge):
         return None
     config = bridge.original_model.config
-    weight = next(bridge.parameters())
     # The bridge wraps each of transformers' modules; without its wrappers the names are transformers' own.
     values = {key.replace("._original_component", ""): v for key, v in bridge.original_model.state_dict().items()}
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=weight.dtype)
-        wanted = model.state_dict()
-        gained = (key for key in values if key not in wanted and f"{key.removesuffix('bias')}weight" in wanted)
-        if any(bool(values[key].any()) for key in gained):
-            return None  # a module has a bias that the architecture lacks
-        model.load_state_dict({key: values[key] for key in wanted}, assign=True)
-        source = Source(Path(str(bridge.cfg.model_name)), model.eval(), copy.deepcopy(bridge.tokenizer))
-        return hooked_transformer.from_huggingface(source, device=weight.device, dtype=weight.dtype)
-    except Exception:  # whatever transformers or TransformerLens raise for what they do not cover
-        return None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=next(bridge.parameters()).dtype)
+    wanted = model.state_dict()
+    gained = (key for key in values if key not in wanted and f"{key.removesuffix('bias')}weight" in wanted)
+    if any(bool(values[key].any()) for key in gained):
+        return None  # a module has a bias that the architecture lacks
+    model.load_state_dict({key: values[key] for key in wanted}, assign=True)
+    return Source(Path(str(bridge.cfg.model_name)), model.eval(), copy.deepcopy(bridge.tokenizer))

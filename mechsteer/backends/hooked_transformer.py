@@ -12,7 +12,7 @@ import importlib
 import shutil
 import tempfile
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +75,35 @@ def from_huggingface(source: "Source", *, device: torch.device, dtype: torch.dty
     return hooked.eval()
 
 
+def layout(
+    source: "Source", *, dtype: torch.dtype
+) -> "tuple[HookedTransformerConfig, Iterator[tuple[str, torch.Tensor]]] | None":
+    """The config and the parameters, in their order, of what `from_huggingface` would make, without making it; None
+    where some weight is in none of them. The values share memory with `source.model` where they can."""
+    from transformer_lens import HookedTransformer
+
+    cfg = _build_config(source, device=torch.device("cpu"), dtype=dtype)
+    cfg.tokenizer_name = None  # else it would be loaded
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
+        shell = HookedTransformer(cfg, move_to_device=False)
+    shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
+    values = _convert_weights(source, cfg)
+    for name, shape in shapes.items():
+        # What a conversion leaves out is what it is in a new model: norms without gain, and no biases.
+        if name not in values:
+            kind = name.rpartition(".")[2].lstrip("_").partition("_")[0]
+            values[name] = {"w": torch.ones, "b": torch.zeros}[kind](shape)
+    if any(values[name].shape != shape for name, shape in shapes.items()):
+        return None
+
+    def as_loaded(value: torch.Tensor) -> torch.Tensor:
+        # TransformerLens rounds what it loads to fp32.
+        return (value.detach().float() if value.dtype == torch.float64 else value.detach()).to(dtype)
+
+    return cfg, ((name, as_loaded(values[name])) for name in shapes)
+
+
 def is_processed(hooked: Any) -> bool:
     """Whether norms are folded into the weights or the unembedding is centred, as `from_pretrained` does unasked."""
     if str(hooked.cfg.normalization_type).endswith("Pre"):
@@ -93,7 +122,7 @@ def _build_config(source: "Source", *, device: torch.device, dtype: torch.dtype)
         settings["original_architecture"] = _CONVERSIONS[hf.model_type][0]
         settings["default_prepend_bos"] = source.tokenizer.bos_token is not None
     else:
-        settings = _settings_of_transformer_lens(source.folder)
+        settings = _settings_of_transformer_lens(source)
     return HookedTransformerConfig.from_dict(
         {
             **settings,
@@ -120,12 +149,15 @@ def _convert_weights(source: "Source", cfg: "HookedTransformerConfig") -> dict[s
     return get_pretrained_state_dict(str(source.folder), cfg, hf_model=source.model, dtype=cfg.dtype)
 
 
-def _settings_of_transformer_lens(folder: Path) -> dict[str, Any]:
+def _settings_of_transformer_lens(source: "Source") -> dict[str, Any]:
     from transformer_lens.loading_from_pretrained import convert_hf_model_config
 
     # Under a neutral path, because TransformerLens guesses the architecture from words in the path.
     with tempfile.TemporaryDirectory(prefix="config-") as neutral:
-        shutil.copy(folder / "config.json", neutral)
+        if (source.folder / "config.json").is_file():
+            shutil.copy(source.folder / "config.json", neutral)
+        else:  # the model of a bridge that was made from a hub name
+            source.model.config.save_pretrained(neutral)
         return convert_hf_model_config(neutral, local_files_only=True, trust_remote_code=False)
 
 

@@ -108,7 +108,7 @@ class Rotation:
 
         Layers of one kind share theirs.
         """
-        base = attn._rotary_base()
+        base = float(attn._rotary_base())
         key = (base, attn.attn_type)
         if key not in self._tables:
             sin, cos = (table[:, self._part].to(self._device).contiguous() for table in _whole_tables(attn, base))

@@ -101,7 +101,6 @@ def _prefixes() -> list[str]:
 
 complete_models = _completing(_models)
 complete_kinds = _completing(_kinds, several=True)
-complete_kind = _completing(_kinds)
 complete_chapters = _completing(lambda: CHAPTERS, several=True)
 complete_concepts = _completing(concept_names)
 complete_topics = _completing(topic_names)

@@ -13,6 +13,8 @@ from mechsteer.cli.answers import WORK, Answer, Command, loaded
 from mechsteer.errors import MechsteerError
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
     from mechsteer.model import Model
     from mechsteer.prompts import Prompts
     from mechsteer.result import Result
@@ -21,11 +23,13 @@ if TYPE_CHECKING:
 CLEAN = "When Mary and John went to the store, John gave a drink to"
 CORRUPT = "When Mary and John went to the store, Mary gave a drink to"
 METHODS, MODES = ("exact", "attribution", "path"), ("denoising", "noising")
+CORRECTIONS = ("max_t", "holm", "fdr_bh", "none")  # of mechsteer.patching.significance
 EPILOG = options.epilog(
     "mechsteer patch",
     "mechsteer patch --site z --over layer,head --method attribution --out heads",
     'mechsteer patch "The Eiffel Tower is in" "The Colosseum is in" --answer " Paris" --other " Rome" --model gpt2',
     "mechsteer patch clean.txt corrupt.txt --answer right.txt --other wrong.txt --site attn_out,mlp_out --out pairs",
+    "mechsteer patch clean.txt corrupt.txt --answer right.txt --other wrong.txt --significance 0.05 --out marked",
     after="In a file each line is a prompt of its own, or the answer to the prompt of that line. The same command on "
     "the same folder goes on where it was stopped; where it is finished, it shows what came out.",
     s1="",
@@ -81,6 +85,22 @@ def patch(
         str, typer.Option(help='Of --method path: "logits", or hook names such as "blocks.4.attn.hook_q[head=2]".')
     ] = "logits",
     chat: Annotated[bool, typer.Option("--chat", help="The prompts are requests, in the model's chat format.")] = False,
+    significance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="LEVEL",
+            help="Mark the cells whose mean effect over the pairs of prompts is more than chance at this level, such "
+            "as 0.05: a sign-flip test, which takes six pairs or more.",
+        ),
+    ] = None,
+    correction: Annotated[
+        str | None,
+        typer.Option(
+            help='Of --significance, for testing every cell of the map: "max_t" (the default), "holm", "fdr_bh" or '
+            '"none".',
+            autocompletion=options.one_of(*CORRECTIONS),
+        ),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Cells in the table.")] = 10,
     out: options.Out = Path("patch"),
     *,
@@ -103,6 +123,7 @@ def patch(
         "other": _answers(other, "--other"), "site": sites, "over": dims, "layers": _layers(layers), "method": method,
         "mode": mode, "receivers": options.names(receivers), "chat": chat, "top": top,
         "dtype": running.dtype, "seed": running.seed,
+        "significance": significance, "correction": _correction(significance, correction),
     }  # fmt: skip
     if len(asked["clean"]) != len(asked["corrupt"]):
         counts = " and ".join(str(len(asked[each])) for each in ("clean", "corrupt"))
@@ -113,6 +134,8 @@ def patch(
                 f"--{name} holds {len(asked[name])} tokens for {len(asked['clean'])} prompts: give one for all, or one "
                 "for each"
             )
+    if significance is not None:
+        _check_pairs(significance, len(asked["clean"]))
 
     def work(log: "Log", folder: Path) -> Answer:
         return _mapped(asked, running.device, log, folder, progress=not running.quiet)
@@ -124,6 +147,7 @@ def patch(
 def _mapped(asked: Mapping[str, Any], device: str | None, log: "Log", folder: Path, *, progress: bool) -> Answer:
     from mechsteer.objectives import LogitGap
     from mechsteer.patching import activation_patching, attribution_patching, path_patching, recovered
+    from mechsteer.patching.significance import significant
     from mechsteer.plots import plain
 
     model = loaded(asked["model"], device, asked["dtype"], log)
@@ -140,16 +164,33 @@ def _mapped(asked: Mapping[str, Any], device: str | None, log: "Log", folder: Pa
         found = activation_patching(model, clean, corrupt, out=folder / WORK, **places, **both)
     else:
         found = attribution_patching(model, clean, corrupt, **places, **both)
-    shares = recovered(found, seed=asked["seed"])
+    shares, tested = recovered(found, seed=asked["seed"]), None
+    if asked["significance"] is not None:
+        how = {"level": asked["significance"], "correction": asked["correction"], "seed": asked["seed"]}
+        tested = significant(found, **how)
     ends = {name: float(found[name].mean()) for name in ("base", "source")}
-    cells = _strongest(found, shares, asked["top"])
+    cells = _strongest(found, shares, tested, asked["top"])
     summary = {**asked, "model": model.id._asdict(), "prompts": found.data.sizes["prompt"], **ends, "cells": cells}
+    results = {"effect": found, "recovered": shares}
+    if tested is not None:
+        results["significance"] = tested
+        summary["matter"] = {"cells": int(tested["matters"].sum()), "of": int(tested["p"].notnull().sum())}
     lead = f"Clean: {asked['clean'][0]}\nCorrupt: {asked['corrupt'][0]}\n" + _ends(summary)
-    figure = shares.plot("recovered", title=plain(f"{', '.join(asked['site'])}: share of the whole effect"))
-    return Answer(summary, {"effect": found, "recovered": shares}, [figure], lead)
+    lead += f"\n{_marked(summary)}" if tested is not None else ""
+    figure = _figure(shares, tested, plain(f"{', '.join(asked['site'])}: share of the whole effect"), asked)
+    return Answer(summary, results, [figure], lead)
 
 
-def _strongest(found: "Result", shares: "Result", n: int) -> list[dict[str, Any]]:
+def _figure(shares: "Result", tested: "Result | None", title: str, asked: Mapping[str, Any]) -> "go.Figure":
+    from mechsteer.result import Result
+
+    if tested is None or tested["matters"].ndim not in (2, 3):  # dots stand on the cells of maps
+        return shares.plot("recovered", title=title)
+    name = f"p <= {asked['significance']:g}"
+    return Result(shares.data.assign({name: tested["matters"]})).plot("recovered", title=title, marks=name)
+
+
+def _strongest(found: "Result", shares: "Result", tested: "Result | None", n: int) -> list[dict[str, Any]]:
     """The cells with the largest mean effects, largest first."""
     import numpy as np
 
@@ -169,20 +210,35 @@ def _strongest(found: "Result", shares: "Result", n: int) -> list[dict[str, Any]
         cells.append(
             {"at": where, "effect": float(effect.values[at]), "share": float(values[at]), "low": low, "high": high}
         )
+        if tested is not None:
+            test = {each: tested[each].transpose(*mean.dims).values[at] for each in ("p", "matters")}
+            cells[-1] |= {"p": float(test["p"]), "matters": bool(test["matters"])}
     return cells
 
 
 def _shown(summary: Mapping[str, Any]) -> list[RenderableType]:
     names = list(summary["cells"][0]["at"]) if summary["cells"] else []
     several = summary["prompts"] > 1
-    columns = [*names, "effect", "share", *(["95 % interval"] if several else [])]
+    tested = summary.get("significance") is not None
+    columns = [*names, "effect", "share", *(["95 % interval"] if several else []), *(["p"] if tested else [])]
     rows = []
     for cell in summary["cells"]:
         interval = [f"{cell['low']:.0f} to {cell['high']:.0f} %"] if several else []
-        rows.append([*cell["at"].values(), f"{cell['effect']:+.2f}", f"{cell['share']:.0f} %", *interval])
+        p = [f"{cell['p']:.3g}{' *' if cell['matters'] else '  '}"] if tested else []
+        rows.append([*cell["at"].values(), f"{cell['effect']:+.2f}", f"{cell['share']:.0f} %", *interval, *p])
     title = f"strongest cells: {', '.join(summary['site'])}, {summary['method']}, {summary['mode']}"
-    numbers = ("layer", "head", "pos", "dest", "src", "effect", "share", "95 % interval")
-    return [Text(_ends(summary)), Text(title, "bold"), terminal.table(columns, rows, numbers=numbers)]
+    numbers = ("layer", "head", "pos", "dest", "src", "effect", "share", "95 % interval", "p")
+    marked = [Text(_marked(summary))] if tested else []
+    return [Text(_ends(summary)), *marked, Text(title, "bold"), terminal.table(columns, rows, numbers=numbers)]
+
+
+def _marked(summary: Mapping[str, Any]) -> str:
+    """How many cells are more than chance."""
+    how = "not corrected" if summary["correction"] == "none" else f"corrected over the map by {summary['correction']}"
+    return (
+        f"{summary['matter']['cells']} of {summary['matter']['of']} cells have an effect with p <= "
+        f"{summary['significance']:g} over {summary['prompts']} pairs (sign flips, {how}): these are marked."
+    )
 
 
 def _ends(summary: Mapping[str, Any]) -> str:
@@ -258,6 +314,28 @@ def _layers(listed: str | None) -> list[int] | None:
     if not found:
         raise MechsteerError(f'--layers {listed!r} names none: give numbers such as "3" or "0-5,8"')
     return list(dict.fromkeys(found))
+
+
+def _correction(level: float | None, correction: str | None) -> str | None:
+    """Of significance, where that is asked for."""
+    if level is None:
+        if correction is not None:
+            raise MechsteerError(f"--correction {correction} is for --significance: leave it out, or add that")
+        return None
+    return options.choice("max_t" if correction is None else correction, CORRECTIONS, "--correction")
+
+
+def _check_pairs(level: float, n: int) -> None:
+    """Refuse a level that so few pairs cannot reach, before anything is run."""
+    from mechsteer.patching.significance import prompts_needed
+
+    if not 0 < level < 1:
+        raise MechsteerError(f"--significance {level:g} is no level: give a number between 0 and 1, such as 0.05")
+    if n < prompts_needed(level):
+        raise MechsteerError(
+            f"--significance {level:g} takes {prompts_needed(level)} pairs of prompts, and {n} "
+            f"{'is' if n == 1 else 'are'} given: with fewer no effect could reach it. Give files with one prompt a line"
+        )
 
 
 def _laid_out(texts: Sequence[str], model: "Model", chat: bool) -> "Prompts":

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -54,6 +55,8 @@ def try_(
             help='"pocket", "pocket-1l", or a folder made by `pocket train`.', autocompletion=options.complete_models
         ),
     ] = "pocket",
+    device: options.Device = None,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Print the pocket model's answers to three requests, with and without a prefix."""
@@ -63,11 +66,13 @@ def try_(
     if any(not text.strip() for text in requests):
         raise MechsteerError('a --request is empty: give something to ask, for example "Tell me a joke."')
     folder = options.model_folder(model)
-    with terminal.for_machines(json), terminal.status("loading the model"):
+    with terminal.for_machines(json), terminal.status("loading the model", quiet=quiet):
         from mechsteer.model import load_model
         from mechsteer.prompts import Prompts
+        from mechsteer.study.runner import check_device
 
-        chat_model = load_model(folder, device="cpu")
+        check_device(device, "--device")
+        chat_model = load_model(folder, device=device)
     prompts = Prompts.concat([Prompts.from_chats(requests, chat_model, prefix=given) for given in ("", prefix)])
     longest = int(prompts.lengths.max())
     room = chat_model.n_ctx - longest
@@ -76,7 +81,7 @@ def try_(
             f"prefix and request are {longest} tokens, and the model reads {chat_model.n_ctx}: shorten --prefix or "
             "--request"
         )
-    with terminal.for_machines(json), terminal.status("answering"):
+    with terminal.for_machines(json), terminal.status("answering", quiet=quiet):
         answers = chat_model.generate(prompts, max_new_tokens=min(room, 120), progress=False).completions
     halves = answers[: len(requests)], answers[len(requests) :]
     if json:
@@ -127,6 +132,7 @@ def train(
     compile_model: Annotated[
         bool, typer.Option("--compile", help="Use torch.compile: faster, needs a C++ compiler.")
     ] = False,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Train a pocket model, or its sparse autoencoder, from scratch: seeded, checkpointed and resumable."""
@@ -136,10 +142,11 @@ def train(
         check_device(device, "--device")
         if out.exists() and not out.is_dir():
             raise MechsteerError(f"--out {out} is a file: give a folder for the run")
+        console = Console(quiet=quiet)
         if model == "sae":
-            card = _train_sae(options.model_folder(pocket_folder), out, steps, seed, device)
+            card = _train_sae(options.model_folder(pocket_folder), out, steps, seed, device, console)
         else:
-            card = _train_model(model, out, steps, seed, device, checkpoint_every, compile_model)
+            card = _train_model(model, out, steps, seed, device, checkpoint_every, compile_model, console)
         (out / "README.md").write_text(card)
     if json:
         terminal.document(
@@ -149,7 +156,7 @@ def train(
         terminal.out().print(f"wrote {escape(str(out))}")
 
 
-def _train_sae(model: Path, out: Path, steps: int | None, seed: int, device: str) -> str:
+def _train_sae(model: Path, out: Path, steps: int | None, seed: int, device: str, console: Console) -> str:
     """Train it, and give its card."""
     from dataclasses import replace
 
@@ -159,12 +166,19 @@ def _train_sae(model: Path, out: Path, steps: int | None, seed: int, device: str
     recipe = SAERecipe(seed=seed)
     if steps is not None:
         recipe = replace(recipe, chunks=max(1, steps // recipe.chunk_steps))
-    train_sae(model, out, recipe, device=device)
+    train_sae(model, out, recipe, device=device, console=console)
     return sae_card(out)
 
 
 def _train_model(
-    name: str, out: Path, steps: int | None, seed: int, device: str, checkpoint_every: int, compile_model: bool
+    name: str,
+    out: Path,
+    steps: int | None,
+    seed: int,
+    device: str,
+    checkpoint_every: int,
+    compile_model: bool,
+    console: Console,
 ) -> str:
     """Train it, and give its card."""
     from dataclasses import replace
@@ -175,7 +189,7 @@ def _train_model(
     if name not in RECIPES:
         raise MechsteerError(f"--model {name!r} is none of {', '.join([*RECIPES, 'sae'])}")
     recipe = replace(RECIPES[name], seed=seed, steps=steps or RECIPES[name].steps)
-    train(recipe, out, device=device, checkpoint_every=checkpoint_every, compile_model=compile_model)
+    train(recipe, out, device=device, checkpoint_every=checkpoint_every, compile_model=compile_model, console=console)
     return model_card(out)
 
 
@@ -198,6 +212,7 @@ def check(
     card: Annotated[
         bool, typer.Option("--card", help="Write the figures into the cards of the model and the autoencoder.")
     ] = False,
+    quiet: options.Quiet = False,
     json: options.Json = False,
 ) -> None:
     """Measure every behaviour of the pocket model on held-out wordings, and compare each with its bar."""
@@ -213,7 +228,7 @@ def check(
         from mechsteer.pocket.check import PARTS, PocketCheck, write_rows
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=terminal.err(), transient=True) as bar:
+        with Progress(*columns, console=terminal.err(), transient=True, disable=quiet) as bar:
             # The first part begins when the model is loaded: `completed` counts the parts that are done.
             task = bar.add_task("loading the model", total=PARTS - (sae_folder is None), completed=-1)
             rows = PocketCheck(

@@ -101,10 +101,20 @@ def _rounding(result: Result, array: xr.DataArray) -> float:
     return 100 * float(precision) * largest
 
 
+def prompts_needed(level: float, *, correction: str = "max_t", n_cells: int = 1) -> int:
+    """The fewest prompts with which some cell of a map could reach p <= level."""
+    return 1 + math.ceil(math.log2(_flips_needed(level, correction, n_cells)))
+
+
+def _flips_needed(level: float, correction: str, n_cells: int) -> int:
+    """k flips give no p below 1/k, times the number of cells under Holm's."""
+    return math.ceil((max(1, n_cells) if correction == "holm" else 1) / level)
+
+
 def _check_possible(n_prompts: int, n: int, n_cells: int, level: float, correction: str) -> None:
-    """Refuse what could find nothing: k flips give no p below 1/k, times the number of cells under Holm's."""
-    needed = math.ceil((max(1, n_cells) if correction == "holm" else 1) / level)
-    prompts = 1 + math.ceil(math.log2(needed))
+    """Refuse what could find nothing."""
+    needed = _flips_needed(level, correction, n_cells)
+    prompts = prompts_needed(level, correction=correction, n_cells=n_cells)
     if n_prompts < prompts or n < min(needed, 2 ** (n_prompts - 1)):
         other = " correction='max_t' needs fewer." if correction == "holm" else ""
         raise MechsteerError(

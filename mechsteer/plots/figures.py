@@ -35,7 +35,8 @@ def draw(
     drawn by its dimensions:
 
     - `alpha` along x with one line for each cell of the others
-    - one dimension as a line, with a band where the Result has `<name>_low` and `<name>_high` to the array, or `low`
+    - one dimension as a line, or as points where it is of names, which have no order; with a band (or bars)
+      where the Result has `<name>_low` and `<name>_high` to the array, or `low`
       and `high` to a drawn `mean`
     - two as a heatmap, the first of them along y with its first value on top, with colours centred at 0 if there are
       values of both signs; or with `along`, which of them is along x of lines

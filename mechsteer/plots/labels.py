@@ -12,6 +12,8 @@ from mechsteer.markup import printable
 
 _MOST_TICKS = 60
 _LONGEST_TICK = 24
+# Dimensions whose texts are tokens in the order of the prompt.
+_PLACES = ("pos", "dest", "src")
 
 
 def plain(text: str) -> str:
@@ -54,9 +56,7 @@ def axis(array: xr.DataArray, dim: str, *, even: bool = False) -> tuple[np.ndarr
     values = array[dim].values
     settings: dict[str, Any] = {"title": {"text": name_of(array[dim])}}
     texts = _token_texts(array, dim)
-    # Numbers with texts that do not rise are names, such as features by rank: they stand in their order.
-    named = texts is not None and values.dtype.kind in "bifu" and not bool((np.diff(values.astype(float)) > 0).all())
-    numbers = values.dtype.kind in "bifu" and not even and not named
+    numbers = values.dtype.kind in "bifu" and not even and not _are_names(values, texts)
     places = values.astype(float) if numbers else np.arange(len(values))
     if numbers and array[dim].attrs.get("scale") == "log" and (places > 0).all():
         settings["type"] = "log"
@@ -73,6 +73,15 @@ def axis(array: xr.DataArray, dim: str, *, even: bool = False) -> tuple[np.ndarr
     return places, settings
 
 
+def in_order(array: xr.DataArray, dim: str) -> bool:
+    """Whether the values of a dimension follow one another, so that lines may join them: numbers, and the places of a
+    prompt; not names, such as those of prefixes, nor tokens that stand side by side."""
+    if dim in _PLACES:
+        return True
+    values, texts = array[dim].values, _token_texts(array, dim)
+    return values.dtype.kind in "bifu" and not _are_names(values, texts) and (texts is None or dim != "token")
+
+
 def hovers(array: xr.DataArray, more: dict[str, xr.DataArray] | None = None) -> np.ndarray:
     """For each cell, all of its coordinates, and its value with those of `more` arrays of the same dimensions."""
     names = [*array.dims, *(name for name in array.coords if name not in array.dims)]
@@ -84,6 +93,11 @@ def hovers(array: xr.DataArray, more: dict[str, xr.DataArray] | None = None) -> 
     for index in np.ndindex(array.shape):
         texts[index] = "<br>".join(str(part[index]) for part in parts)
     return texts
+
+
+def _are_names(values: np.ndarray, texts: list[str] | None) -> bool:
+    """Whether they are numbers with texts that do not rise, such as features by rank: these stand as they come."""
+    return texts is not None and values.dtype.kind in "bifu" and not bool((np.diff(values.astype(float)) > 0).all())
 
 
 def _token_texts(array: xr.DataArray, dim: str) -> list[str] | None:

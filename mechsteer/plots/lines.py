@@ -1,4 +1,4 @@
-"""Lines with bands."""
+"""Lines with bands, and points with bars where no line may join them."""
 
 import itertools
 from typing import Any
@@ -8,13 +8,15 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from mechsteer.errors import MechsteerError
-from mechsteer.plots.labels import axis, cell_name, hovers, name_of, plain, shown
+from mechsteer.plots.labels import axis, cell_name, hovers, in_order, name_of, plain, shown
 from mechsteer.plots.themes import PALETTE
 from mechsteer.result import bootstrap_ci
 
 _MOST_LINES = 40
 _MOST_MARKERS = 60
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+# Of markers without lines, in the place of dashes.
+_SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x")
 _Band = tuple[xr.DataArray, xr.DataArray]
 
 
@@ -31,7 +33,8 @@ def lines(
     Args:
         array: of numbers.
         along: the dimension of x.
-        mode: of plotly's scatter; None draws markers on lines of up to 60 points.
+        mode: of plotly's scatter; None draws markers on lines of up to 60 points, and along names, which have no order,
+            markers alone, those of several cells side by side.
         band: lower and upper end of an interval that is known already, in the dimensions of `array`.
         colour: lines of which this has the same value share a colour, and differ in their dashes.
     """
@@ -45,7 +48,8 @@ def lines(
             f"it draws up to {_MOST_LINES}. Pick with .sel(...) or average with .mean(...) first."
         )
     x, x_axis = axis(array, along)
-    mode = mode or ("lines+markers" if len(x) <= _MOST_MARKERS else "lines")
+    joined = in_order(array, along)
+    mode = mode or ("markers" if not joined else "lines+markers" if len(x) <= _MOST_MARKERS else "lines")
     looks = _looks(array, others, cells, colour)
     for index, cell in enumerate(cells):
         at = dict(zip(others, cell, strict=True))
@@ -59,6 +63,9 @@ def lines(
         hue, dash, value = looks[index]
         label = ", ".join([*(cell_name(array, dim, place) for dim, place in at.items()), *value])
         _add(figure, x, mean, ends, mode=mode, label=label, group=index, line={"color": hue, "dash": dash})
+    if not joined:
+        figure.update_layout(scattermode="group", scattergap=0.5)
+        x_axis = x_axis | {"range": [x.min() - 0.5, x.max() + 0.5]}
     return figure.update_layout(xaxis=x_axis, yaxis={"title": {"text": name_of(array)}})
 
 
@@ -74,18 +81,23 @@ def _add(
     line: dict[str, str],
 ) -> None:
     colour = line["color"]
-    hover = hovers(mean)
+    hover, bars = hovers(mean), {}
     if ends is not None:
         low, high = ends
         hover = [f"{text}<br>95 % interval: {a:.4g} to {b:.4g}" for text, a, b in zip(hover, low, high, strict=True)]
-        # Two traces, because a band that is one closed outline breaks where a value is NaN.
-        edge: dict[str, Any] = {"x": x, "mode": "lines", "line": {"width": 0, "color": colour}, "hoverinfo": "skip"}
-        edge |= {"legendgroup": str(group), "showlegend": False}
-        figure.add_scatter(y=low, **edge)
-        figure.add_scatter(y=high, fill="tonexty", fillcolor=_faint(colour), **edge)
+        if mode == "markers":
+            bars = {"type": "data", "symmetric": False, "array": high - mean.values, "arrayminus": mean.values - low}
+            bars |= {"thickness": 1.5, "width": 4, "color": colour}
+        else:
+            # Two traces, because a band that is one closed outline breaks where a value is NaN.
+            edge: dict[str, Any] = {"x": x, "mode": "lines", "line": {"width": 0, "color": colour}, "hoverinfo": "skip"}
+            edge |= {"legendgroup": str(group), "showlegend": False}
+            figure.add_scatter(y=low, **edge)
+            figure.add_scatter(y=high, fill="tonexty", fillcolor=_faint(colour), **edge)
+    marker = {"color": colour} | ({"symbol": _SYMBOLS[_DASHES.index(line["dash"])]} if mode == "markers" else {})
     figure.add_scatter(
         x=x, y=mean.values, mode=mode, name=label, showlegend=bool(label), hoverinfo="text", hovertext=hover,
-        legendgroup=str(group), line=line, marker={"color": colour},
+        legendgroup=str(group), line=line, marker=marker, error_y=bars,
     )  # fmt: skip
 
 

@@ -11,7 +11,14 @@ from mechsteer.plots.labels import plain
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 
 
-def _template(text: str, line: str, grid: str, ground: str, *, paper: str = "rgba(0,0,0,0)") -> dict[str, Any]:
+# plotly measures labels in the page's font and draws them in its own where a figure says "inherit", so that the title
+# of an axis could stand on long labels. A report sets both to its font; of other pages nobody knows.
+_FONT = '"Open Sans", verdana, arial, sans-serif'
+
+
+def _template(
+    text: str, line: str, grid: str, ground: str, *, paper: str = "rgba(0,0,0,0)", font: str = "inherit"
+) -> dict[str, Any]:
     axis = {
         "automargin": True, "gridcolor": grid, "linecolor": line, "tickcolor": line, "zeroline": False,
         "showline": True, "showgrid": False, "ticks": "outside", "ticklen": 4, "title": {"standoff": 8},
@@ -21,7 +28,7 @@ def _template(text: str, line: str, grid: str, ground: str, *, paper: str = "rgb
         "layout": {
             "paper_bgcolor": paper,
             "plot_bgcolor": clear,
-            "font": {"family": "inherit", "color": text, "size": 12},
+            "font": {"family": font, "color": text, "size": 12},
             "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 15}}
             | {"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 14}},
             "margin": {"t": 72, "r": 24},
@@ -40,7 +47,7 @@ def _template(text: str, line: str, grid: str, ground: str, *, paper: str = "rgb
 # What `Plotly.relayout(div, ...)` takes.
 LIGHT: dict[str, Any] = {"template": _template("#1f2328", "#8a929a", "#e3e6ea", "#ffffff")}
 # For notebooks, whose ground nobody knows.
-PAPER: dict[str, Any] = {"template": _template("#1f2328", "#8a929a", "#e3e6ea", "#ffffff", paper="#ffffff")}
+PAPER: dict[str, Any] = {"template": _template("#1f2328", "#8a929a", "#e3e6ea", "#ffffff", paper="#ffffff", font=_FONT)}
 DARK: dict[str, Any] = {"template": _template("#e6e8eb", "#7d858e", "#33393f", "#1c2024")}
 
 

@@ -225,6 +225,44 @@ def test_the_report_follows_other_numbers(findings: Findings) -> None:
     assert "Nowhere is it half" in headline(summary)
 
 
+def test_a_wide_band_is_cut_and_the_curves_keep_their_shapes(findings: Findings) -> None:
+    summary = deepcopy(dict(findings.summary))
+
+    def drawn() -> Figure:
+        blocks = show(Findings(findings.results, summary))
+        return next(
+            block
+            for block in blocks
+            if isinstance(block, Figure) and "gap's change" in str(block.figure.layout.title.text)
+        )
+
+    lines = ("own", "mean", "random")
+    for name in lines:
+        for each in summary["change"][name]:
+            each |= {"low": each["value"] - 0.05, "high": each["value"] + 0.05}
+    for each in summary["predicted"] + summary["free"]:
+        each |= {"low": each["value"], "high": each["value"]}
+    narrow = drawn()
+    assert narrow.figure.layout.yaxis.range is None and "are cut" not in narrow.caption
+    summary["change"]["random"][-1] |= {"low": -31.4, "high": 27.2}
+    wide = drawn()
+    values = [
+        100 * each["value"]
+        for each in (
+            *(one for name in lines for one in summary["change"][name]),
+            *summary["predicted"],
+            *summary["free"],
+        )
+    ]
+    spread = max(values) - min(values)
+    low, high = wide.figure.layout.yaxis.range
+    assert low <= min(values) and max(values) <= high and high - low < 2.2 * spread
+    assert "Bands that reach beyond the axis are cut (random, as long: -3.14e+03 to 2.72e+03 %)." in wide.caption
+    # What is cut is still told, and the table below has all of it.
+    told = [text for trace in wide.figure.data for text in trace.hovertext or ()]
+    assert any("95 % interval: -3140 to 2720" in text for text in told)
+
+
 def test_a_model_of_one_layer_is_refused() -> None:
     with pytest.raises(MechsteerError, match="the prefix adds nothing at the tokens where the completions part"):
         CHAPTER.measure(small("pocket-1l", each=5))

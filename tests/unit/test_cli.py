@@ -47,6 +47,8 @@ def test_help(command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "Exit status: 0 done" in " ".join(out.split()) and "130 stopped with Ctrl-C" in " ".join(out.split())
     if command != ["pocket"]:
         assert "--json" in out
+    if command[:1] == ["pocket"] and command != ["pocket"]:
+        assert "--quiet" in out and ("--device" in out or command[1] == "check")
     if command and command != ["pocket"]:
         assert "Examples" in out
         assert f"mechsteer {' '.join(command)}" in out.split("Examples")[1]
@@ -62,6 +64,7 @@ def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     [
         (["pocket", "try", "--prefix", " "], "--prefix is empty: give an instruction"),
         (["pocket", "try", "--request", ""], "a --request is empty"),
+        (["pocket", "try", "--device", "abacus"], "--device 'abacus' cannot be used here ("),
         (["pocket", "try", "--model", "nowhere"], 'nowhere is neither "pocket", "pocket-1l" nor a folder'),
         (["pocket", "train", "--model", "huge", "--out", "runs/x"], "--model 'huge' is none of pocket, pocket-1l, sae"),
         (["pocket", "train", "--device", "abacus", "--out", "runs/x"], "--device 'abacus' cannot be used here ("),
@@ -126,7 +129,13 @@ def test_train_writes_a_model_that_try_reads(
     out = str(tmp_path / "run")
     assert run("pocket", "train", "--model", "pocket-1l", "--out", out, "--steps", "2", monkeypatch=monkeypatch) == 0
     assert json.loads((tmp_path / "run" / "training.json").read_text())["step"] == 2
-    assert run("pocket", "try", "--model", out, monkeypatch=monkeypatch) == 0
+    assert "2 steps" in capsys.readouterr().out
+    assert run("pocket", "try", "--model", out, "--device", "cpu", "--quiet", monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr()
+    assert said.err == "" and "without a prefix" in said.out
+    quiet = ["--model", "pocket-1l", "--out", f"{out}-quiet", "--steps", "2", "--quiet"]
+    assert run("pocket", "train", *quiet, monkeypatch=monkeypatch) == 0
+    assert capsys.readouterr() == (f"wrote {out}-quiet\n", "")
     assert run("pocket", "train", "--model", "pocket-1l", "--out", out, monkeypatch=monkeypatch) == 2
     assert "holds a finished model" in capsys.readouterr().err.replace("\n", " ")
 

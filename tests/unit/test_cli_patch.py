@@ -1,17 +1,19 @@
 """`mechsteer patch`: its maps are those of the library; files, kept answers, Ctrl-C, and one line for a mistake."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import cases
 import numpy as np
 import pytest
+import xarray as xr
 from browser import console_and_network, needs_browser
 from commands import contents, loaded_once, run
 
 import mechsteer as ms
 from mechsteer.cli.patch import CLEAN, CORRUPT
-from mechsteer.patching import recovered
+from mechsteer.patching import recovered, significant
 
 OFF = "When Mary and John went to the shop, John gave a drink to"
 
@@ -115,9 +117,63 @@ def test_several_pairs_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert said.json["cells"][0]["low"] <= said.json["cells"][0]["share"] <= said.json["cells"][0]["high"]
 
 
+def eight_pairs(folder: Path) -> list[str]:
+    """Arguments of eight pairs in two files."""
+    text = "When Mary and John went to the {}, {} gave a {} to"
+    things = [(place, thing) for place in ("store", "park") for thing in ("drink", "book", "ring", "key")]
+    for name, who in (("clean", "John"), ("corrupt", "Mary")):
+        (folder / f"{name}.txt").write_text("".join(text.format(a, who, b) + "\n" for a, b in things))
+    return [str(folder / "clean.txt"), str(folder / "corrupt.txt")]
+
+
+@pytest.mark.parametrize("correction", [None, "fdr_bh"])
+def test_cells_that_are_more_than_chance_are_marked(
+    correction: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    asked = [*eight_pairs(tmp_path), "--site", "z", "--significance", "0.05", "--top", "36", "--out", str(out)]
+    asked += [] if correction is None else ["--correction", correction]
+    said = run(capsys, "patch", *asked, "--quiet", "--json")
+    assert said.status == 0
+    effect = ms.Result.load(out / "effect.safetensors")
+    expected = significant(effect, correction=correction or "max_t")
+    xr.testing.assert_identical(ms.Result.load(out / "significance.safetensors").data, expected.data)
+    matters = expected["matters"]
+    assert said.json["matter"] == {"cells": int(matters.sum()), "of": matters.size} and 0 < matters.sum() < matters.size
+    for cell in said.json["cells"]:
+        assert cell["matters"] == bool(matters.sel(cell["at"])) and cell["p"] == float(expected["p"].sel(cell["at"]))
+    # The figure has a dot on each of them, and the table a star.
+    drawn = (out / "figures.html").read_text()
+    assert "p \\u003c= 0.05" in drawn or "p &lt;= 0.05" in drawn or "p \\u0026lt;= 0.05" in drawn
+    shown = run(capsys, "patch", *asked).out
+    assert (
+        shown.count(" *") == matters.sum()
+        and f"{int(matters.sum())} of 36 cells have an effect with p <= 0.05" in shown
+    )
+
+
+def test_an_answer_from_before_marks_is_still_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    first = run(capsys, "patch", "--out", str(out), "--layers", "0")
+    for name in ("command.json", "summary.json"):
+        held = json.loads((out / name).read_text())
+        for key in ("significance", "correction"):
+            (held.get("asked") or held).pop(key)
+        (out / name).write_text(json.dumps(held))
+    again = run(capsys, "patch", "--out", str(out), "--layers", "0")
+    assert again.status == 0 and again.out == first.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--significance", "0.05"], "--significance 0.05 takes 6 pairs of prompts, and 1 is given"),
+        (["--significance", "2"], "--significance 2 is no level: give a number between 0 and 1"),
+        (["--correction", "holm"], "--correction holm is for --significance: leave it out, or add that"),
+        (
+            ["--significance", "0.05", "--correction", "bonferroni"],
+            "--correction 'bonferroni' is none of max_t, holm, fdr_bh, none",
+        ),
         (["One."], "CORRUPT is missing: give both prompts, CLEAN and CORRUPT, or none for the example"),
         ([" ", "x"], "CLEAN is empty: give a prompt, or a file with one a line"),
         ([CLEAN, "Mary"], "align"),

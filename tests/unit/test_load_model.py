@@ -1,5 +1,7 @@
 """Loaded models compute what transformers computes on the same folder, under HookedTransformer's hook names."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,12 @@ import pytest
 import torch
 import zoo
 
+from mechsteer import backends as mechsteer_backends
+from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError, ModelLoadError
+from mechsteer.interventions import Add
 from mechsteer.model import Model, load_model
+from mechsteer.site import Site
 
 BACKENDS = ("hooked_transformer", "bridge")
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260K"
@@ -33,6 +39,14 @@ def test_logits_equal_transformers(zoo_folder: Path, backend: str) -> None:
     assert (model.n_layers, model.d_model, model.d_vocab) == (zoo.N_LAYERS, zoo.D_MODEL, zoo.D_VOCAB)
     assert model.n_ctx == zoo.N_CTX
     assert (model.device.type, model.dtype) == ("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+
+
+@backends
+@pytest.mark.parametrize("architecture", zoo.PARTLY_ROTARY)
+def test_logits_equal_transformers_where_heads_are_rotated_in_part(
+    architecture: str, backend: str, zoo_folders: dict[str, Path]
+) -> None:
+    assert_same_logits(load_model(zoo_folders[architecture], backend=backend), zoo_folders[architecture])
 
 
 @backends
@@ -226,3 +240,70 @@ class TestModel:
         linear: Any = torch.nn.Linear(2, 2)
         with pytest.raises(MechsteerError, match="Model got a Linear, but wraps a HookedTransformer or a Transformer"):
             Model(linear)
+
+
+class TestIdentity:
+    """It is that of the weights and of what was done to them, whatever they are wrapped in."""
+
+    @pytest.mark.parametrize("architecture", (*zoo.ARCHITECTURES, *zoo.PARTLY_ROTARY))
+    def test_what_is_made_on_one_backend_goes_to_the_other(
+        self, architecture: str, zoo_folders: dict[str, Path], tmp_path: Path
+    ) -> None:
+        hooked, bridge = (load_model(zoo_folders[architecture], backend=backend) for backend in BACKENDS)
+        assert hooked.id == bridge.id
+        site, tokens = Site("resid_post", 1), zoo.prompts()
+        for one, other in ((hooked, bridge), (bridge, hooked)):
+            state = one.run(tokens, record=site).activations[site][0, -1]
+            Direction(state, site, one.id).save(tmp_path / "state.safetensors")
+            steered = [Add(Direction.load(tmp_path / "state.safetensors", other), 0.5)]
+            torch.testing.assert_close(
+                other.run(tokens, steered).logits, one.run(tokens, steered).logits, atol=1e-4, rtol=0
+            )
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_in_other_precision(self, dtype: torch.dtype, zoo_folders: dict[str, Path]) -> None:
+        # Gemma's embedding is scaled, and gains of its norms are shifted, in the precision of the weights.
+        one, other = (load_model(zoo_folders["gemma2"], backend=backend, dtype=dtype) for backend in BACKENDS)
+        assert one.id == other.id != load_model(zoo_folders["gemma2"]).id
+
+    def test_a_hooked_transformers_is_that_of_its_own_config_and_parameters(self, zoo_folders: dict[str, Path]) -> None:
+        # As it always was: artefacts are older than this.
+        hooked: Any = load_model(zoo_folders["gpt2"]).hooked
+        ignored = set(mechsteer_backends._NOT_COMPUTED_WITH.split())
+        settings = {key: str(value) for key, value in hooked.cfg.to_dict().items() if key not in ignored}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name, parameter in hooked.named_parameters():
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(parameter.detach().numpy().tobytes())
+        assert Model(hooked).id.hash == digest.hexdigest()
+
+    @backends
+    def test_other_weights_and_processed_ones_are_others(self, backend: str, zoo_folders: dict[str, Path]) -> None:
+        model = load_model(zoo_folders["gpt2"], backend=backend)
+        seen = {model.id.hash}
+        processed: Any = load_model(zoo_folders["gpt2"], backend=backend).hooked
+        processed.process_weights_() if backend == "hooked_transformer" else processed.enable_compatibility_mode()
+        seen.add(Model(processed).id.hash)
+        assert len(seen) == 2 and Model(processed).id.processed
+        with torch.no_grad():
+            next(iter(model.hooked.parameters())).mul_(1.5)
+        seen.add(model.id.hash)
+        biased = model.with_bias(1, torch.ones(zoo.D_MODEL))
+        assert len({*seen, biased.id.hash}) == 4
+        direction = Direction(torch.ones(zoo.D_MODEL), Site("resid_post", 1), model.id)
+        with pytest.raises(MechsteerError, match=r"was made with unprocessed weights of .* Make it again"):
+            Model(processed).run(zoo.prompts(), [Add(direction)])
+
+    def test_a_bridge_is_hashed_without_a_second_copy_of_its_weights(
+        self, zoo_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mechsteer.backends import bridge as bridges
+
+        bridge = load_model(zoo_folders["llama"], backend="bridge").hooked
+        found = bridges.classic_weights(bridge)
+        assert found is not None
+        own = {parameter.data_ptr() for parameter in bridge.parameters()}
+        copies = {name for name, value in found[1] if value.untyped_storage().data_ptr() not in own}
+        assert copies and not any(".W_" in name or "._W_" in name for name in copies)  # absent biases alone
+        monkeypatch.setattr(bridges, "classic_weights", lambda hooked: None)
+        assert len(Model(bridge).id.hash) == 64  # what has no classic form is still told from others

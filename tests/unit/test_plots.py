@@ -88,6 +88,42 @@ def test_numbers_that_are_names_stand_in_their_order() -> None:
     np.testing.assert_array_equal(drawn(Result(ranked).plot(), go.Scatter)[0].x, [766, 2, 509])
 
 
+@pytest.mark.parametrize(
+    ("dim", "coords", "joined"),
+    [
+        ("push", {"push": ["prefix", "vector", "random"]}, False),
+        ("prefix", {"prefix": ["Talk only about cats.", "Nothing but trains.", "Be calm."]}, False),
+        ("feature", {"feature": [766, 2, 509], "feature_token": ("feature", ["766", "2", "509"])}, False),
+        ("token", {"token": [3, 7, 1504], "text": ("token", [" a", " b", " c"])}, False),
+        ("layer", {"layer": [0, 1, 2]}, True),
+        ("pos", {"pos": ["0", "user", "-1"]}, True),
+        ("pos", {"pos": [0, 1, 2], "token": ("pos", ["<s>", " cat", " cat"])}, True),
+    ],
+)
+def test_lines_join_what_has_an_order_and_names_get_points(dim: str, coords: dict, joined: bool) -> None:
+    values = np.random.default_rng(0).normal(size=(3, 20, 2))
+    result = Result(xr.Dataset({"gap": ((dim, "prompt", "seed"), values)}, coords))
+    figure = result.plot(along=dim)
+    means = [trace for trace in figure.data if trace.hovertext is not None]
+    assert len(means) == 2 and {trace.mode for trace in means} == {"lines+markers" if joined else "markers"}
+    low, high = bootstrap_ci(values.transpose(1, 0, 2)[:, :, 1], seed=0)
+    if joined:
+        assert len(figure.data) == 6 and figure.layout.scattermode is None
+        return
+    # Bars end where bands would, and the points of one name stand side by side.
+    assert len(figure.data) == 2 and figure.layout.scattermode == "group"
+    np.testing.assert_allclose(means[1].y + means[1].error_y.array, high)
+    np.testing.assert_allclose(means[1].y - means[1].error_y.arrayminus, low)
+    assert all("95 % interval" in text for text in means[1].hovertext)
+
+
+def test_points_of_one_colour_differ_in_their_shapes() -> None:
+    data = xr.Dataset({"gap": (("push", "seed"), np.ones((2, 3)))}, {"push": ["a", "b"]})
+    data = data.assign_coords(kind=("seed", ["x", "x", "y"]))
+    marks = [(trace.marker.color, trace.marker.symbol) for trace in Result(data).plot(along="push", colour="kind").data]
+    assert marks[0][0] == marks[1][0] != marks[2][0] and marks[0][1] != marks[1][1]
+
+
 def test_curves_over_tokens_are_named_by_their_texts() -> None:
     result = gaps(token=2, alpha=3)
     data = result.data.assign_coords(token=[1504, 7], text=("token", [" delight", HOSTILE]))
@@ -342,6 +378,24 @@ def test_lines_of_a_kind_share_a_colour() -> None:
     assert first.line.dash == second.line.dash != third.line.dash
     assert [each.name for each in (first, second)] == ["layer=0, &lt;b&gt;", "layer=1, deep"]
     assert first.mode == "lines" and gaps(alpha=60).plot().data[0].mode == "lines+markers"
+
+
+@needs_browser
+@pytest.mark.parametrize("font", ["serif", "monospace"])
+@pytest.mark.parametrize("facet", [None, "site"])
+def test_the_title_of_an_axis_stands_beside_long_labels(font: str, facet: str | None, tmp_path: Path) -> None:
+    names = [f"Talk only about cats, {at}" for at in range(6)]
+    sizes = {"prefix": 6, "layer": 5} if facet is None else {"site": 2, "prefix": 6, "layer": 5}
+    figure = Result(gaps(**sizes).data.assign_coords(prefix=names)).plot()
+    measure = """
+      const edge = (name, side) => [...document.querySelectorAll(name)].map(each => each.getBoundingClientRect()[side]);
+      document.title = `${edge(".ytitle", "right")} ${Math.min(...edge(".ytick text", "left"))}`;"""
+    body = figure.to_html(full_html=False, include_plotlyjs=True, default_width="900px")
+    page = tmp_path / "page.html"
+    page.write_text(f"<meta charset=utf-8><body style='font-family: {font}'>{body}<script>{measure}</script>", "utf-8")
+    title = dump_dom(page).partition("<title>")[2].partition("</title>")[0]
+    right, left = map(float, title.split())
+    assert right < left - 3, f"the title ends at {right} and labels begin at {left}"
 
 
 # --- what is refused ---

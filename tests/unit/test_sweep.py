@@ -332,6 +332,58 @@ def test_an_architecture_with_parallel_attention_takes_hooks() -> None:
     naive.assert_same(result, naive.sweep(model, tokens, axes, build, {"gap": ms.LogitGap([5], [7])}))
 
 
+@pytest.mark.parametrize("backend", ["hooked_transformer", "bridge"])
+@pytest.mark.parametrize("architecture", zoo.PARTLY_ROTARY)
+def test_heads_that_are_rotated_in_part(architecture: str, backend: str, precise: Callable[..., ms.Model]) -> None:
+    model = precise(architecture, backend)
+    # Attention and MLP side by side have no resid_mid, which the packed pass goes by: these take hooks.
+    assert (model.decoder is None) == (architecture != "neox_sequential")
+    # What a bridge's hook for GPT-J's pattern returns, TransformerLens does not use.
+    check_rotation(model, *(["pattern"] if (architecture, backend) != ("gptj", "bridge") else []))
+
+
+def check_rotation(model: ms.Model, *more: str) -> None:
+    """Queries and keys, edited before their rotation, are those of TransformerLens; in fp64 that is sharp."""
+    # transformers, which a bridge runs, computes angles in fp32.
+    ids, tolerance = random_ids(17), 1e-10 if model.backend == "hooked_transformer" else 1e-6
+    prompts = ms.Prompts.from_ids(ids)
+    if model.decoder is not None:
+        tokens = torch.tensor([ids[0]])
+        with torch.no_grad():
+            torch.testing.assert_close(model.decoder.whole(tokens), model.hooked(tokens), atol=tolerance, rtol=0)
+    kinds = ("q", "k", "z", "resid_pre", *more)
+    source = model.run(ms.Prompts.from_ids(corrupted(ids)), record=kinds).activations
+    gap = {"gap": ms.LogitGap([5, 6], [7, 9])}
+    for kind in kinds:
+        axes = {"layer": range(model.n_layers), "pos": [0, 3, -1]}
+        build: Callable[..., ms.Intervention] = lambda layer, pos, kind=kind: ms.Replace(  # noqa: E731
+            ms.Site(kind, layer, pos=pos), source
+        )
+        result = ms.sweep(model, prompts, axes=axes, build=build, measure=gap, progress=False)
+        assert result.provenance["options"]["engine"] == ("hooks" if model.decoder is None else "packed")
+        expected = naive.sweep(model, prompts, axes, build, gap)
+        naive.assert_same(result, expected, tolerance=tolerance)
+        assert float(expected["gap"].std((0, 1)).max()) > 1e-3
+
+
+@pytest.mark.parametrize("rotary_dim", [4, 8])
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_adjacent_and_split_pairs_of_a_rotation(adjacent: bool, rotary_dim: int) -> None:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    cfg = HookedTransformerConfig(
+        n_layers=2, d_model=32, n_ctx=32, d_head=8, n_heads=4, d_mlp=64, d_vocab=128, act_fn="gelu_new", seed=1,
+        normalization_type="LN", positional_embedding_type="rotary", rotary_dim=rotary_dim,
+        rotary_adjacent_pairs=adjacent, model_name="turned", device="cpu", dtype=torch.float64,
+    )  # fmt: skip
+    model = ms.Model(HookedTransformer(cfg))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.hooked.parameters():  # as large as the zoo's, so that a wrong angle shows
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    assert model.decoder is not None
+    check_rotation(model, "pattern")
+
+
 def test_weights_that_changed_are_seen(zoo_folders: dict[str, Path]) -> None:
     model = ms.load_model(zoo_folders["llama"])
     prompts = ms.Prompts.from_ids(random_ids(13))

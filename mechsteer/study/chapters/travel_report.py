@@ -11,7 +11,7 @@ from mechsteer.plots.lines import lines
 from mechsteer.result import Result
 from mechsteer.study.blocks import Block, Cards, Details, Figure, Heading, Paragraph, Table
 from mechsteer.study.chapter import Findings
-from mechsteer.study.curves import estimate_lines, named_lines
+from mechsteer.study.curves import estimate_lines, in_view, named_lines
 from mechsteer.study.measures import Estimate, two
 from mechsteer.study.sources import source
 
@@ -27,6 +27,13 @@ def show(findings: Findings) -> list[Block]:
         name: source("travel", name, entry=entry, first=summary["dyson"][0]["layer"])
         for name in ("cards", "pushes", "predicted", "regime", "identity", "gain", "dyson", "flow", "rank")
     }
+    moved = {
+        "put in place": summary["change"]["own"], "one mean vector for all": summary["change"]["mean"],
+        "random, as long": summary["change"]["random"], "foretold by the gradient": summary["predicted"],
+        "foretold by the identity": summary["free"],
+    }  # fmt: skip
+    # Of few requests the band of random vectors alone can be several times as high as all that is measured.
+    view, cut = in_view(moved, units="%") or (None, "")
     radius = [codes["regime"]] if entry in summary["regime"]["layers"] else []
     return [
         Paragraph(headline(summary)),
@@ -36,14 +43,11 @@ def show(findings: Findings) -> list[Block]:
         Paragraph(_linear(summary)),
         Figure(
             _curves(
-                {"put in place": summary["change"]["own"], "one mean vector for all": summary["change"]["mean"],
-                 "random, as long": summary["change"]["random"], "foretold by the gradient": summary["predicted"],
-                 "foretold by the identity": summary["free"]},
-                layers, "before layer", "gap moved", "Share of the gap's change", percent=True,
-            ),
+                moved, layers, "before layer", "gap moved", "Share of the gap's change", percent=True
+            ).update_yaxes(range=view),
             "What the prefix adds to the stream at the fork before one layer, put there in runs without the prefix: "
             "how much of the logit gap's whole change that brings about, and how much two linear predictions say. "
-            f"Bands are 95 % intervals over {summary['n']} held-out requests.",
+            f"Bands are 95 % intervals over {summary['n']} held-out requests. {cut}".strip(),
             sources=[codes["pushes"], codes["predicted"]],
         ),
         Figure(
