@@ -27,7 +27,7 @@ class Folder:
         Raises:
             MechsteerError: no installed package reads URLs of this kind.
         """
-        self.url = os.fspath(where)
+        self.url: str = os.fspath(where)
         protocol, separator, _ = self.url.partition("://")
         self.local: Path | None = None
         self._system: Any = None

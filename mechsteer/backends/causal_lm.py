@@ -81,3 +81,12 @@ def resid_post(model: CausalLM, layer: int, **inputs: Tensor) -> Float[Tensor, "
     with _capture(model.model.layers[layer]) as caught:
         model.model(**inputs, use_cache=False)
     return caught[0]
+
+
+def save_folder(model: CausalLM, tokenizer: FastTokenizer, folder: Path) -> None:
+    """Write model and tokenizer in Hugging Face format, without transformers' progress bars."""
+    from mechsteer.backends.huggingface import quietly
+
+    with quietly():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

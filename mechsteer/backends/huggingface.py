@@ -87,7 +87,7 @@ def read_folder(
         raise ModelLoadError(
             f"{folder} holds no tokenizer (expected tokenizer.json). Save the model's tokenizer there."
         )
-    with _quiet():
+    with quietly():
         try:
             config = transformers.AutoConfig.from_pretrained(folder, **local)
         except Exception as error:  # transformers raises many types for a config it does not understand
@@ -241,7 +241,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Keep transformers from printing load reports and progress bars; what is wrong becomes an exception instead."""
     from transformers.utils import logging
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, new_llama
+from mechsteer.backends.causal_lm import CausalLM, FastTokenizer, new_llama, save_folder
 from mechsteer.errors import MechsteerError
 from mechsteer.pocket.checkpoint import (
     load_checkpoint,
@@ -217,8 +217,7 @@ def train(
         save()
         console.print(f"stopped at step {progress['step']}; the same command resumes")
         raise
-    model.eval().cpu().save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_folder(model.eval().cpu(), tokenizer, out)
     (out / "training.json").write_text(json.dumps(progress, indent=1) + "\n")
     remove_checkpoints(out)
     return out
