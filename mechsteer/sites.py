@@ -25,6 +25,8 @@ class Sites:
         """
         self._hooked = hooked
         self._name = name
+        # Hook points that `check` found: a bridge puts its `hook_dict` together anew for every look, in milliseconds.
+        self._found: set[str] = set()
 
     @property
     def _cfg(self) -> Any:
@@ -94,11 +96,14 @@ class Sites:
                 f"{site!r} does not exist: {site.kind} of {self._name} has heads 0 to {n_heads - 1}. "
                 "Choose one of these."
             )
+        if site.hook_name in self._found:
+            return
         if site.kind in self._unused or site.hook_name not in self._hooked.hook_dict:
             raise MechsteerError(
                 f"{site!r} does not exist: {self._name} has no hook point {site.hook_name}. "
                 f"It has {', '.join(self.kinds)}."
             )
+        self._found.add(site.hook_name)
 
     def size(self, site: Site, axis: str) -> int | None:
         """Size of an axis of the site's activations; None where it depends on the prompts."""

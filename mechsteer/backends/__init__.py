@@ -73,9 +73,10 @@ def is_processed(hooked: Any) -> bool:
 def hooks(hooked: Any, fwd_hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
     """Attach hooks, and remove these and no others, whatever happens."""
     points: list[tuple[Any, Any]] = []
+    found = hooked.hook_dict if fwd_hooks else {}
     try:
         for name, hook in fwd_hooks:
-            point = hooked.hook_dict[name]
+            point = found[name]
             point.add_hook(hook)
             points.append((point, point.fwd_hooks[-1]))
         yield

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mechsteer.errors import MechsteerError
 from mechsteer.pocket.card import model_card, sae_card
 from mechsteer.pocket.check import PARTS, PocketCheck, Row, last_logits
 from mechsteer.pocket.corpus import chat_ids, encode_texts
+from mechsteer.pocket.tokenizer import train_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = ("pocket", "pocket-1l")
@@ -62,13 +64,39 @@ def test_shapes_and_sizes() -> None:
     assert all(file.stat().st_size < 25e6 for file in data_path().rglob("*"))
 
 
-def test_the_shipped_tokenizer_is_what_the_grammar_gives(tokenizer) -> None:
+def model_of(tokenizer: Any) -> Any:
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+
+
+def setup_of(tokenizer: Any) -> Any:
+    every = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {part: every[part] for part in ("pre_tokenizer", "decoder", "post_processor", "added_tokens")}
+
+
+@pytest.mark.slow
+def test_the_shipped_tokenizer_is_what_the_grammar_gives() -> None:
+    trained = train_tokenizer()
     for name in SHIPPED:
         shipped = AutoTokenizer.from_pretrained(data_path("models", name))
-        assert shipped.get_vocab() == tokenizer.get_vocab()
-        assert shipped.chat_template == tokenizer.chat_template
+        assert shipped.get_vocab() == trained.get_vocab()
+        assert model_of(shipped) == model_of(trained)
         text = "Felines and kittens PURR."
-        assert shipped.encode(text) == tokenizer.encode(text)
+        assert shipped.encode(text) == trained.encode(text)
+
+
+def test_the_shipped_tokenizer_is_set_up_as_a_trained_one_and_knows_what_it_knows() -> None:
+    trained = train_tokenizer(documents=1000)
+    learnt = {token for token in trained.get_vocab() if token[:1] == "Ġ"}
+    assert len(learnt) > 500
+    for name in SHIPPED:
+        shipped = AutoTokenizer.from_pretrained(data_path("models", name))
+        assert shipped.chat_template == trained.chat_template
+        assert shipped.special_tokens_map == trained.special_tokens_map
+        assert (shipped.model_max_length, shipped.padding_side) == (trained.model_max_length, trained.padding_side)
+        ours, theirs = setup_of(shipped), setup_of(trained)
+        assert ours == theirs
+        # The grammar's words: what little text teaches is in what much text taught, but for chance at the rim.
+        assert len(learnt & set(shipped.get_vocab())) > 0.8 * len(learnt)
 
 
 # Few prompts a row here: a bar that a sample of 120 misses by chance would be a flaky test, and the samples are seeded.
