@@ -1,0 +1,199 @@
+"""Sweeps by executors: the numbers are those of this process; folders may be URLs. Ray itself: `test_ray`."""
+
+import errno
+import io
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import cases
+import cloudpickle
+import numpy as np
+import pytest
+import torch
+
+import mechsteer as ms
+from mechsteer.executors import Failure, executor_of, transport
+from mechsteer.folders import Folder
+from mechsteer.store import ShardWriter, Values
+
+
+class Pickler(cloudpickle.CloudPickler):
+    """What Ray does with the tensors of an object that it moves."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) in (torch.Tensor, torch.nn.Parameter):
+            return transport.unpack, (transport.pack(obj),)
+        return super().reducer_override(obj)
+
+
+def moved(value: Any) -> Any:
+    """As it arrives in another process."""
+    buffer = io.BytesIO()
+    Pickler(buffer).dump(value)
+    return cloudpickle.loads(buffer.getvalue())
+
+
+class Elsewhere:
+    """An executor whose worker has a model, work and items that went through a pickle, and takes them backwards."""
+
+    def __init__(self, fails: int = -1) -> None:
+        self.fails, self.n = fails, 0
+
+    def run(
+        self, model: ms.Model, work: Any, items: Sequence[Any], *, folder: Folder | None
+    ) -> Iterator[tuple[Any, Any]]:
+        compute = moved(work).bind(moved(model))
+        write = None if folder is None else work.sink(moved(folder), uuid.uuid4().hex[:8])
+        for index in reversed(range(len(items))):
+            self.n += 1
+            if index == self.fails:
+                yield items[index], Failure("no luck")
+                continue
+            value = compute(moved(items[index]))
+            if write is not None:
+                write([value])
+            yield items[index], value
+
+
+def options(model: ms.Model) -> dict[str, Any]:
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    prompts = ms.Prompts.from_chats(["Tell me a joke.", "Write a poem.", "Give me some advice."], model)
+    return {
+        "prompts": prompts,
+        "axes": {"layer": range(model.n_layers), "alpha": [0.0, 1.0, 4.0]},
+        "build": lambda layer, alpha: ms.Add(ms.Direction(vector, ms.Site("resid_post", layer)), alpha),
+        "measure": [ms.LogitGap(" cats", " dogs", tokenizer=model), ms.TokenProb(" cats", tokenizer=model)],
+        "rows": 64,
+        "progress": False,
+    }
+
+
+@pytest.fixture(scope="module")
+def model() -> ms.Model:
+    return cases.model("pocket")
+
+
+@pytest.fixture(scope="module")
+def here(model: ms.Model) -> ms.Result:
+    return ms.sweep(model, **options(model))
+
+
+def same(a: ms.Result, b: ms.Result) -> None:
+    for name in a.data.data_vars:
+        assert np.array_equal(a.data[name].values, b.data[name].values), name
+
+
+def test_numbers_are_those_of_this_process_bit_for_bit(model: ms.Model, here: ms.Result) -> None:
+    executor = Elsewhere()
+    same(ms.sweep(model, executor=executor, **options(model)), here)
+    assert executor.n > model.n_layers
+    naive = ms.sweep(model, **(options(model) | {"rows": 1}))
+    for name in here.data.data_vars:
+        np.testing.assert_allclose(here.data[name].values, naive.data[name].values, atol=1e-5)
+
+
+def test_using_reaches_the_sweeps_inside_and_ends(model: ms.Model) -> None:
+    executor = Elsewhere()
+    clean = "When Mary and John went to the store, John gave a drink to"
+    corrupt = "When Mary and John went to the store, Mary gave a drink to"
+    gap = ms.LogitGap(" Mary", " John", tokenizer=model)
+    call = lambda: ms.activation_patching(model, clean, corrupt, measure=gap, layers=[3, 4], progress=False)  # noqa: E731
+    with ms.using(executor):
+        inside = call()
+    assert executor.n > 0
+    counted = executor.n
+    np.testing.assert_allclose(inside["effect"].values, call()["effect"].values, atol=1e-5)
+    assert executor.n == counted
+    with ms.using(executor), ms.using("local"), executor_of(None) as chosen:
+        assert chosen is None
+
+
+def test_what_fails_is_told_at_the_end_with_its_place_and_tried_again(
+    model: ms.Model, here: ms.Result, tmp_path: Path
+) -> None:
+    out = tmp_path / "sweep"
+    with pytest.raises(ms.MechsteerError, match=r"1 of \d+ batches failed .*layer=\d, alpha=[\d.]+.*prompts.*no luck"):
+        ms.sweep(model, executor=Elsewhere(fails=2), out=out, **options(model))
+    again = Elsewhere()
+    same(ms.sweep(model, executor=again, out=out, **options(model)), here)
+    assert again.n == 1
+    assert ms.sweep(model, executor=(none := Elsewhere()), out=out, **options(model)) and none.n == 0
+
+
+def test_a_folder_may_be_a_url_and_goes_on_there(model: ms.Model, here: ms.Result) -> None:
+    import fsspec
+
+    fsspec.filesystem("memory").rm("/runs", recursive=True) if fsspec.filesystem("memory").exists("/runs") else None
+    url = "memory://runs/one"
+    with pytest.raises(ms.MechsteerError, match="failed every time"):
+        ms.sweep(model, executor=Elsewhere(fails=0), out=url, **options(model))
+    names = Folder(url).names()
+    assert "manifest.json" in names and any(name.startswith("shard-") for name in names)
+    again = Elsewhere()
+    same(ms.sweep(model, executor=again, out=url, **options(model)), here)
+    assert again.n == 1 and "result.safetensors" in Folder(url).names()
+    with pytest.raises(ms.MechsteerError, match="holds another sweep"):
+        ms.sweep(model, out=url, **(options(model) | {"axes": {"layer": [0], "alpha": [1.0]}}))
+
+
+def test_a_folder_of_an_unknown_kind_is_refused(model: ms.Model) -> None:
+    with pytest.raises(ms.MechsteerError, match="cannot be reached"):
+        ms.sweep(model, out="nowhere://x/y", **options(model))
+
+
+def test_a_full_disk_leaves_nothing_in_part_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ShardWriter(Folder(tmp_path))
+    values = Values([0, 1], np.arange(3), {"gap": np.ones((2, 3), dtype=np.float32)})
+    writer.add(values, flush=False)
+
+    def full(*arguments: Any, **named: Any) -> None:
+        (tmp_path / "shard-00000.safetensors.tmp").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mechsteer.files.save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            writer.flush()
+    assert list(tmp_path.iterdir()) == []
+    writer.flush()
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-00000.safetensors"]
+
+
+def test_models_and_tensors_arrive_as_they_were(model: ms.Model) -> None:
+    other = moved(model)
+    assert other.id == model.id and other._decoder is None
+    prompts = ms.Prompts.from_chats(["Tell me a joke."], model)
+    assert torch.equal(other.run(prompts).logits, model.run(prompts).logits)
+    for tensor in (
+        torch.randn(3, 4).T, torch.randn(5, dtype=torch.bfloat16), torch.tensor(2.5), torch.arange(3),
+        torch.zeros(0, 3), torch.tensor([True, False]), torch.randn(2, dtype=torch.float64, requires_grad=True),
+    ):  # fmt: skip
+        got = moved(tensor)
+        assert torch.equal(got, tensor) and (got.dtype, got.requires_grad) == (tensor.dtype, tensor.requires_grad)
+    vector = torch.randn(4)
+    first, second = moved((vector[:], vector[:]))
+    assert first.data_ptr() == second.data_ptr()  # one vector of many cells stays one
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"workers": 0}, "at least 1 worker"), ({"cpus": 0.0}, "more than 0 cpus"), ({"gpus": -1.0}, "share of a GPU")],
+)
+def test_mistakes(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ms.MechsteerError, match=message):
+        ms.RayExecutor(**arguments)
+
+
+def test_an_unknown_executor_is_refused(model: ms.Model) -> None:
+    with pytest.raises(ms.MechsteerError, match="no executor 'spark'"):
+        ms.sweep(model, executor="spark", **options(model))
+
+
+def test_without_ray_one_line_says_what_to_install(model: ms.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ms.MechsteerError, match=r"pip install 'mechsteer\[ray\]'"):
+        ms.sweep(model, executor=ms.RayExecutor(), **options(model))
