@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsteer.costs import CHUNK, ROWS, SWEEP_LOGITS
 from mechsteer.engine import Cell, Clean, Engine, first_stage, shape_of
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, open_tensors, save_tensors, stamp
@@ -28,9 +29,7 @@ from mechsteer.result import Result, provenance
 
 Measure = Objective | Mapping[str, Objective] | Sequence[Objective]
 _VERSION = 1
-# Tokens of prompts whose clean pass is kept at a time, and rows that the first batch of cells has.
-_CHUNK = {"cpu": 4096, "cuda": 65536}
-_ROWS = {"cpu": 1024, "cuda": 16384}
+_CHUNK, _ROWS = CHUNK, ROWS
 # Seconds of finished work that a kill may cost.
 _SHARD_SECONDS = 2.0
 
@@ -213,7 +212,7 @@ def _run_chunk(
     clean = _clean(engine, [group for group, _ in todo if group.packed], chunk)
     stop, reads = engine.stop[chunk], int(engine.read[chunk].sum())
     # Logits of more tokens than this would take more memory than everything else.
-    most = max(1, (1 << 25) // (max(1, reads) * engine.model.d_vocab)) if reads else 1 << 30
+    most = max(1, SWEEP_LOGITS // (max(1, reads) * engine.model.d_vocab)) if reads else 1 << 30
     for group, left in todo:
         starts = group.starts[:, chunk]
         counts = (stop - starts).sum(1)
