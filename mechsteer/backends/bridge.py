@@ -69,6 +69,8 @@ def hooked_twin(bridge: Any) -> Any:
         return None
     config = bridge.original_model.config
     weight = next(bridge.parameters())
+    if len({each.device for each in bridge.parameters()}) > 1:
+        return None  # its copy might fit on no device alone
     # The bridge wraps each of transformers' modules; without its wrappers the names are transformers' own.
     values = {key.replace("._original_component", ""): v for key, v in bridge.original_model.state_dict().items()}
     try:

@@ -18,7 +18,8 @@ from mechsteer.features.states import at_counterparts, encoded, mean_features, s
 from mechsteer.interventions import SetFeature
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import one_of, precise
+from mechsteer.objectives.base import one_of
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, bootstrap_ci, provenance
 from mechsteer.rows import normalise_at, of_like_lengths, tokens_of
@@ -238,8 +239,8 @@ def _attributed(
 
     def leaf(tensor: Tensor, hook: object) -> Tensor:
         # The graph begins here: it exists whether or not parameters want gradients, and none go to them.
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
+        leaves.append(tensor.to(model.device).detach().requires_grad_())
+        return leaves[-1].to(tensor.device)
 
     read = measure.reads(prompts)
     read = torch.zeros_like(prompts.mask) if read is None else read

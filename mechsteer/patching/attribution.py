@@ -13,9 +13,9 @@ from mechsteer.activations import Activations
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import precise
 from mechsteer.patching.atp_star import Estimator, Gate, softmax_sites, softmaxed
 from mechsteer.patching.grid import Grid, check_mode
+from mechsteer.precision import precise
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
@@ -249,8 +249,9 @@ class _Pair:
             def take(tensor: Tensor, hook: Any) -> Tensor:
                 # A tensor of its own: the same one can be that of an earlier site, which the objective may read, and a
                 # bridge ignores the values that it shows its hooks unless another one comes back.
-                leaves[site].append(tensor.view_as(tensor))
-                return leaves[site][-1]
+                here = tensor.to(model.device)
+                leaves[site].append(here.view_as(here))
+                return leaves[site][-1].to(tensor.device)
 
             return at.hook_name, take
 
@@ -306,7 +307,7 @@ class _Traced:
         for (site, _), gradient in zip(flat, found, strict=True):
             if gradient is not None:
                 # A HookedTransformer runs hook points of its norms once for each of queries, keys and values.
-                out[site] = out[site] + gradient if site in out else gradient
+                out[site] = out[site] + precise(gradient) if site in out else precise(gradient)
         return out
 
 
@@ -356,8 +357,8 @@ def _integrated(pair: _Pair, cells: _Cells, steps: int, tokens: int, advance: Ca
     # Midpoints of equal parts of the line: the error falls with the square of their number.
     shares = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     for part in shares.split(max(1, tokens // pair.base.tokens.numel())):
-        share = part.to(base[embed]).view(-1, 1, 1, 1)
-        line = torch.lerp(base[embed][None], source[embed][None], share).flatten(0, 1)
+        ends = [precise(each[embed])[None] for each in (base, source)]
+        line = torch.lerp(*ends, part.to(ends[0]).view(-1, 1, 1, 1)).flatten(0, 1).to(base[embed])
         rows = torch.arange(batch).repeat(len(part))
         traced = pair.traced(pair.base[rows], pair.example[rows], pair.points, embed=line)
         for site, gradient in traced.gradients().items():

@@ -12,7 +12,8 @@ from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import check_tokens, precise, tokens_at
+from mechsteer.objectives.base import check_tokens, tokens_at
+from mechsteer.precision import precise, wide
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.run import Run
@@ -122,7 +123,7 @@ def token_rows(model: Model, texts: PromptsLike, *, site: SiteLike, tokens: int 
             "Site('z', 2, head=0), and the tokens with tokens=."
         )
     right = model.prompts(texts).padded("right")
-    rows = torch.cat([values[chosen] for values, chosen in _recorded(model, right, where, tokens)])
+    rows = torch.cat([values[chosen] for values, chosen in _recorded(model, right, where, tokens)])  # in fp32 at least
     return Direction(rows, where, model.id, {"method": "token_rows", "tokens": tokens, "texts": right.hash})
 
 
@@ -157,7 +158,7 @@ def whitened(rows: Direction, texts: Direction | Sequence[Direction], *, ridge: 
     turned = torch.linalg.solve(moment + ridge * moment.trace() / len(moment) * one, exact.T).T
     turned = turned * (torch.linalg.matrix_norm(exact) / torch.linalg.matrix_norm(turned))
     origin = {"method": "whitened", "ridge": ridge, "texts": [each.origin for each in groups], "of": rows.origin}
-    return Direction(turned.to(rows.vectors), rows.site, rows.model or groups[0].model, origin)
+    return Direction(turned.to(wide(rows.vectors.dtype)), rows.site, rows.model or groups[0].model, origin)
 
 
 def _gradient(
@@ -167,8 +168,8 @@ def _gradient(
 
     def leaf(tensor: Tensor, hook: Any) -> Tensor:
         # The graph begins here: it exists whether or not parameters want gradients, and none go to them.
-        leaves.append(tensor.detach().requires_grad_())
-        return leaves[-1]
+        leaves.append(tensor.to(model.device).detach().requires_grad_())
+        return leaves[-1].to(tensor.device)
 
     read = measure.reads(batch)
     read = torch.zeros_like(batch.mask) if read is None else read

@@ -16,7 +16,8 @@ from mechsteer.errors import MechsteerError
 from mechsteer.interventions import Add
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import one_of, precise
+from mechsteer.objectives.base import one_of
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.spectra import normal
 from mechsteer.result import Result, provenance
@@ -285,8 +286,9 @@ def _traced(
     def tap(site: Site) -> tuple[str, Callable[..., Tensor]]:
         def take(tensor: Tensor, hook: Any) -> Tensor:
             # The graph begins at the first; later ones are tensors of their own in it.
-            taps[site] = tensor.view_as(tensor) if taps else tensor.detach().requires_grad_()
-            return taps[site]
+            here = tensor.to(model.device)
+            taps[site] = here.view_as(here) if taps else here.detach().requires_grad_()
+            return taps[site].to(tensor.device)
 
         return site.hook_name, take
 
