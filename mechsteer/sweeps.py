@@ -109,6 +109,10 @@ def sweep(
         lambda: _identity(model, right, values, measures, cells),
     )
     device = model.device.type
+    stages, chunk = [group.stage for group in groups], _CHUNK.get(device, _CHUNK["cuda"])
+    engine.memory(stages, rows=rows or _ROWS.get(device, _ROWS["cuda"]), chunk=chunk).announce("Sweep", show=progress)
+    least = engine.memory(stages, rows=int(right.lengths.max()), chunk=1)
+    least.check("This sweep", model.device, "Pass shorter prompts, or load the model with dtype=torch.bfloat16.")
     with bar("cells", len(cells) * len(right), show=progress) as shown:
         shown.advance(int(store.done.sum()))
         size = BatchSize(rows or _ROWS.get(device, _ROWS["cuda"]), fixed=rows is not None)
