@@ -110,24 +110,30 @@ class Grid:
         self.engine, self.cells = engine, cells
         self.groups = [Group.of(engine, members, cells) for members in by_shape.values()]
         self.chunks = list(_chunks(engine.prompts, _CHUNK.get(engine.model.device.type, _CHUNK["cuda"])))
+        # Of the chunk, and of the chunk and group, that are computed now: every batch of them asks.
         self._clean: tuple[int, Clean | None] = (-1, None)
+        self._counted: tuple[tuple[int, int], tuple[list[int], int]] = ((-1, -1), ([], 0))
 
-    def rows(self, chunk: int, group: int) -> list[int]:
-        """Tokens that each cell of a group computes in a chunk."""
-        index, stacked = self.chunks[chunk], self.groups[group]
-        if not stacked.packed:
-            return [self.engine.prompts.tokens[index].numel()] * len(stacked.members)
-        return (self.engine.stop[index] - stacked.starts[:, index]).sum(1).tolist()
+    def counts(self, chunk: int, group: int) -> tuple[list[int], int]:
+        """Tokens that each cell of a group computes in a chunk, and how many tokens of the chunk are read."""
+        if self._counted[0] != (chunk, group):
+            index, stacked = self.chunks[chunk], self.groups[group]
+            if stacked.packed:
+                rows = (self.engine.stop[index] - stacked.starts[:, index]).sum(1).tolist()
+            else:
+                rows = [self.engine.prompts.tokens[index].numel()] * len(stacked.members)
+            self._counted = (chunk, group), (rows, int(self.engine.read[index].sum()))
+        return self._counted[1]
 
     def left(self, chunk: int, group: int, done: np.ndarray) -> list[int]:
         """Places of a group's cells that are not done on a chunk; those with as many rows next to each other."""
-        local, rows = self.chunks[chunk].cpu().numpy(), self.rows(chunk, group)
+        local, (rows, _) = self.chunks[chunk].cpu().numpy(), self.counts(chunk, group)
         left = [place for place, cell in enumerate(self.groups[group].members) if not done[cell, local].all()]
         return sorted(left, key=lambda place: -rows[place])
 
     def first(self, chunk: int, group: int, left: Sequence[int], rows: int) -> tuple[Batch, int]:
         """The batch that the cells at `left` begin with, of at most `rows` rows if it has several cells; its rows."""
-        counts, reads = self.rows(chunk, group), int(self.engine.read[self.chunks[chunk]].sum())
+        counts, reads = self.counts(chunk, group)
         # Logits of more tokens than this would take more memory than everything else.
         most = max(1, (1 << 25) // (reads * self.engine.model.d_vocab)) if reads else len(left)
         n_cells, n_rows = 0, 0

@@ -12,6 +12,9 @@ from torch import Tensor
 from mechsteer.errors import MechsteerError
 from mechsteer.files import open_tensors, save_tensors
 
+MANIFEST = "manifest.json"
+"""The file that says what a folder holds."""
+
 
 class Folder:
     """Files by name in one folder; each is there whole or not at all.

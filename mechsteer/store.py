@@ -13,10 +13,9 @@ from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 from mechsteer.files import check_stamp, stamp
-from mechsteer.folders import Folder
+from mechsteer.folders import MANIFEST, Folder
 
 _VERSION = 1
-MANIFEST = "manifest.json"
 # Seconds of finished work that a kill may cost.
 _SHARD_SECONDS = 2.0
 

@@ -216,7 +216,7 @@ class Crew:
             worker = (
                 ray.remote(Worker)
                 .options(**self._options)
-                .remote(_value(self._model), self._device, self._threads, environment)
+                .remote(self._model[0], self._device, self._threads, environment)
             )
             self._starting[worker.where.remote()] = worker
 
@@ -250,11 +250,6 @@ class Crew:
         while len(share) < most and pending and share[0][0] not in alone and pending[0][0] not in alone:
             share.append(pending.popleft())
         return share
-
-
-def _value(reference: "list[ray.ObjectRef]") -> Any:
-    """As an argument, so that the worker gets what it refers to."""
-    return reference[0]
 
 
 def _reason(error: BaseException | None) -> str:

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mechsteer.errors import MechsteerError
-from mechsteer.folders import Folder
+from mechsteer.folders import MANIFEST, Folder
 
 if TYPE_CHECKING:
     from mechsteer.executors.base import Work
     from mechsteer.executors.crew import Crew
 
 NAMESPACE = "mechsteer"
-MANIFEST = "manifest.json"
 _STARTS = 3
 
 
