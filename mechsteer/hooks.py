@@ -165,8 +165,9 @@ def check(interventions: Sequence[Intervention], model: "Model", prompts: Prompt
     for each in interventions:
         if each.site not in seen:
             seen.add(each.site)
-            for site in (each.site, *each.sites(model.n_layers)):
-                model.check_site(site)
+            model.check_site(each.site)
+            for site in each.sites(model.n_layers):
+                model.sites.check_edit(site)
         values = (
             type(each),
             each.site.kind,

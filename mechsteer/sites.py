@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, SupportsIndex
 
 from mechsteer import markup
-from mechsteer.backends import Hooked
+from mechsteer.backends import Hooked, backend_of, hears
 from mechsteer.errors import MechsteerError
 from mechsteer.site import KINDS, Site, SiteLike
 
@@ -27,6 +27,8 @@ class Sites:
         self._name = name
         # Hook points that `check` found: a bridge puts its `hook_dict` together anew for every look, in milliseconds.
         self._found: set[str] = set()
+        # Whether attention uses what a hook makes of its scores or pattern, by kind; where that had to be tried.
+        self._heard: dict[str, bool] = {}
 
     @property
     def _cfg(self) -> Any:
@@ -77,7 +79,7 @@ class Sites:
         return sites if sites[0].layer is not None else sites[0]
 
     def __dir__(self) -> list[str]:
-        return [*self.kinds, "check", "kinds", "size"]
+        return [*self.kinds, "check", "check_edit", "kinds", "size"]
 
     def __iter__(self) -> Iterator[Site]:
         """All of them."""
@@ -104,6 +106,19 @@ class Sites:
                 f"It has {', '.join(self.kinds)}."
             )
         self._found.add(site.hook_name)
+
+    def check_edit(self, site: Site) -> None:
+        """Raise `MechsteerError` unless the model has the site, and goes on with what a hook changes there."""
+        self.check(site)
+        if site.axes[-1] != "src" or backend_of(self._hooked) != "bridge":
+            return
+        if site.kind not in self._heard:
+            self._heard[site.kind] = hears(self._hooked, site.hook_name)
+        if not self._heard[site.kind]:
+            raise MechsteerError(
+                f"{site!r} can be recorded but not changed: {self._name} is a TransformerBridge whose attention does "
+                'not use what a hook makes of it. Load the model with backend="hooked_transformer", or intervene at z.'
+            )
 
     def size(self, site: Site, axis: str) -> int | None:
         """Size of an axis of the site's activations; None where it depends on the prompts."""

@@ -91,6 +91,26 @@ def is_hooked(hooked: Any) -> bool:
     return any(point.fwd_hooks for point in hooked.hook_dict.values())
 
 
+def hears(hooked: Any, hook_name: str) -> bool:
+    """Whether what a hook at this hook point returns is used; True where it is never run.
+
+    Attention kernels that a bridge leaves to transformers show their scores and pattern, and may go on with their own.
+    """
+    tokens = torch.arange(min(4, hooked.cfg.d_vocab), device=next(hooked.parameters()).device)[None]
+    fired: list[bool] = []
+
+    def changed(tensor: Tensor, hook: Any) -> Tensor:
+        fired.append(True)
+        return 2 * tensor + 1
+
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    with torch.no_grad():
+        before = logits_at(hooked, tokens, everywhere, stop=None)
+        with hooks(hooked, [(hook_name, changed)]):
+            after = logits_at(hooked, tokens, everywhere, stop=None)
+    return not fired or not torch.equal(before, after)
+
+
 def logits_at(
     hooked: Any, tokens: Int[Tensor, "batch pos"], read: Bool[Tensor, "batch pos"], *, stop: int | None
 ) -> Float[Tensor, "row d_vocab"]:

@@ -348,8 +348,21 @@ def test_heads_that_are_rotated_in_part(architecture: str, backend: str, precise
     model = precise(architecture, backend)
     # Attention and MLP side by side have no resid_mid, which the packed pass goes by: these take hooks.
     assert (model.decoder is None) == (architecture != "neox_sequential")
-    # What a bridge's hook for GPT-J's pattern returns, TransformerLens does not use.
-    check_rotation(model, *(["pattern"] if (architecture, backend) != ("gptj", "bridge") else []))
+    deaf = (architecture, backend) == ("gptj", "bridge")
+    check_rotation(model, *([] if deaf else ["pattern"]))
+    if deaf:
+        # TransformerLens does not use what a hook returns for GPT-J's pattern: the logits are those of no intervention.
+        ids = torch.tensor(random_ids(5)[:1])
+        hook = ("blocks.0.attn.hook_pattern", lambda tensor, hook: 0 * tensor)
+        torch.testing.assert_close(
+            model.hooked.run_with_hooks(ids, fwd_hooks=[hook]), model.hooked(ids), atol=0, rtol=0
+        )
+        for kind in ("pattern", "attn_scores"):
+            assert model.run(ids, record=kind).activations
+            with pytest.raises(ms.MechsteerError, match=r"can be recorded but not changed.*intervene at z"):
+                model.run(ids, [ms.Scale(ms.Site(kind, 0), 0.0)])
+        with pytest.raises(ms.MechsteerError, match="can be recorded but not changed"):
+            ms.attribution_patching(model, ids, ids.flip(1), measure=ms.LogitGap([5], [7]), sites="pattern")
 
 
 def check_rotation(model: ms.Model, *more: str) -> None:
