@@ -55,7 +55,7 @@ def entry(cats: Study) -> None:
     rest = "header, nav, footer, main > section:not(#entry) { display: none !important }"
     text = cats.report.read_text(encoding="utf-8").replace("</head>", f"<style>{rest}</style></head>")
     page.write_text(text, encoding="utf-8")
-    screenshot(page, IMAGES / "study-entry.png", width=WIDTH, height=1222)
+    screenshot(page, IMAGES / "study-entry.png", width=WIDTH, height=1250)
     page.unlink()
 
 
