@@ -17,7 +17,7 @@ from mechsteer.site import KINDS, Site, SiteLike
 if TYPE_CHECKING:
     from mechsteer.model import Model
 
-Texts = Prompts | Sequence[str]
+Texts = Prompts | Sequence[str] | Tensor
 """Prompts as they are, or texts for the model's tokenizer."""
 Tokens = str | tuple[Bool[Tensor, "_ _"], ...]
 """Which tokens of a text count: "all", "last" (before any completion), a span's name, or a mask for each group."""
@@ -45,7 +45,7 @@ def difference_of_means(
     Args:
         model: to record.
         positives: texts with the concept; BOS is put before texts that lack it, and they are cut at `max_tokens`.
-            Prompts are run as they are.
+            Prompts, and token ids [batch, pos], are run as they are.
         negatives: texts with the opposite, or any others.
         sites: hook points or heads; a kind without a layer stands for all layers.
         tokens: "all"; "last", each text's last token before any completion; a span's name such as "user"; or a pair of
@@ -227,9 +227,11 @@ def _groups(
         raise MechsteerError(f"tokens got {len(tokens)} masks. Pass one for each of {' and '.join(given)}.")
     for index, (group, texts) in enumerate(given.items()):
         cut = {}
+        if isinstance(texts, Tensor):
+            texts = model.prompts(texts)
         if not isinstance(texts, Prompts):
             if isinstance(texts, str) or not texts:
-                raise MechsteerError(f"{group} got {texts!r}. Pass a list of texts, or Prompts.")
+                raise MechsteerError(f"{group} got {texts!r}. Pass a list of texts, Prompts, or ids [batch, pos].")
             limit = min(max_tokens, model.n_ctx)
             parts, cut = [], {"cut": 0}
             for start in range(0, len(texts), _CHUNK):

@@ -363,6 +363,11 @@ def test_tokens_choose_what_counts(llama: Model) -> None:
     long = Prompts.from_strings(POSITIVE, llama.tokenizer, completions=["and the dog"] * 4)
     again = difference_of_means(llama, long, NEGATIVE, tokens="last", progress=False)[SITE]
     torch.testing.assert_close(again.vector, last.vector, atol=1e-4, rtol=0)
+    # Token ids are run as they are.
+    ids = Prompts.from_strings(POSITIVE[:1], llama.tokenizer).tokens
+    made = difference_of_means(llama, POSITIVE[:1], NEGATIVE[:1], tokens="last", progress=False)[SITE]
+    same = difference_of_means(llama, ids, NEGATIVE[:1], tokens="last", progress=False)[SITE]
+    torch.testing.assert_close(same.vector, made.vector, atol=1e-5, rtol=0)
     spoken = difference_of_means(llama, long, long[[0]], tokens="completion", progress=False)[SITE]
     assert spoken.origin["positives"]["tokens"] == int(long.span("completion").sum())
 
@@ -382,9 +387,9 @@ def test_what_gives_no_difference(llama: Model) -> None:
     def make(positives: Any, negatives: Any = NEGATIVE, **options: Any) -> None:
         difference_of_means(llama, positives, negatives, progress=False, **options)
 
-    with pytest.raises(MechsteerError, match=r"positives got \[\]\. Pass a list of texts, or Prompts"):
+    with pytest.raises(MechsteerError, match=r"positives got \[\]\. Pass a list of texts, Prompts, or ids"):
         make([])
-    with pytest.raises(MechsteerError, match=r"negatives got 'one text'\. Pass a list of texts, or Prompts"):
+    with pytest.raises(MechsteerError, match=r"negatives got 'one text'\. Pass a list of texts, Prompts, or ids"):
         make(POSITIVE, "one text")
     with pytest.raises(MechsteerError, match=r"Text 0 of the positives has no token that tokens='completion' means"):
         make(POSITIVE, tokens="completion")
