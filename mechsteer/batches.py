@@ -143,20 +143,29 @@ class Grid:
         return Batch(chunk, group, tuple(left[:n_cells])), n_rows
 
     def batches(self, done: np.ndarray, rows: int) -> list[Batch]:
-        """All that is not done, in batches that depend on nothing but the grid and `rows` where nothing is done."""
+        """Those of the grid's batches of `rows` rows that are not done.
+
+        They are the same whatever is done: which cells share a batch has a part in the last bits of their numbers.
+        """
         found: list[Batch] = []
+        nothing = np.zeros_like(done)
         for chunk in range(len(self.chunks)):
             for group in range(len(self.groups)):
-                left = self.left(chunk, group, done)
+                left = self.left(chunk, group, nothing)
                 while left:
                     batch, _ = self.first(chunk, group, left, rows)
-                    found.append(batch)
                     left = left[len(batch.places) :]
+                    if not done[np.ix_(self.members(batch), self.prompts(batch))].all():
+                        found.append(batch)
         return found
 
     def members(self, batch: Batch) -> list[int]:
         """Indices of a batch's cells."""
         return [self.groups[batch.group].members[place] for place in batch.places]
+
+    def prompts(self, batch: Batch) -> np.ndarray:
+        """Indices of a batch's prompts."""
+        return self.chunks[batch.chunk].cpu().numpy()
 
     def compute(self, batch: Batch) -> Values:
         """The objectives of a batch."""
@@ -164,7 +173,7 @@ class Grid:
         clean = self._clean_of(batch.chunk) if group.packed else None
         starts = group.starts[list(batch.places)][:, chunk]
         values = self.engine.batch([self.cells[cell] for cell in members], chunk, starts, clean)
-        return Values(members, chunk.cpu().numpy(), {name: _numpy(value) for name, value in values.items()})
+        return Values(members, self.prompts(batch), {name: _numpy(value) for name, value in values.items()})
 
     def _clean_of(self, chunk: int) -> Clean | None:
         if self._clean[0] != chunk:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version as version_of
@@ -41,7 +42,11 @@ def check_stamp(manifest: Any, path: str | os.PathLike[str], *, format: str, ver
 
 
 def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write a safetensors file with a JSON manifest, through a temporary file, so that a kill leaves none in part."""
+    """Write a safetensors file with a JSON manifest, through a temporary file, so that a kill leaves none in part.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk; what was there before stays.
+    """
     target = Path(path)
     fresh = target.with_name(f"{target.name}.tmp")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +63,13 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], ma
         save_file(plain, fresh, metadata={"mechsteer": json.dumps(manifest)})
         fresh.chmod(mode)  # safetensors lets nobody but the owner read what it writes
         os.replace(fresh, target)
+    except SafetensorError as error:
+        # What the system says is only in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(target)) from error
     finally:
         fresh.unlink(missing_ok=True)
 

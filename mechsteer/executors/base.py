@@ -37,7 +37,7 @@ class Executor(Protocol):
         Args:
             model: the Model to compute with.
             work: what to compute.
-            items: of the work.
+            items: of the work: values that can be hashed and compared, each once.
             folder: where workers write what they have computed; None for nowhere.
 
         Yields:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # Seconds for which what came out can be asked for after the end; then it is only in the folder.
 _LINGER = 60.0
 _POLL = 0.25
+# How often a coordinator may be lost, and the seconds until the cluster has noticed.
+_LOSSES = 3
+_GONE = 60.0
 
 
 class Coordinator:
@@ -35,14 +38,14 @@ class Coordinator:
         self._lock = threading.Lock()
 
     def start(
-        self, executor: "RayExecutor", model: "list[ray.ObjectRef]", on_gpu: bool, work: "Work", items: Sequence[Any],
-        folder: Folder,
-    ) -> None:  # fmt: skip
+        self, executor: "RayExecutor", model: Any, on_gpu: bool, work: "Work", items: Sequence[Any], folder: Folder
+    ) -> None:
         """Begin, unless it has begun."""
         with self._lock:
             if self._crew is not None:
                 return
-            self._crew = Crew(executor, model, on_gpu)
+            # Put again, from here: what the asking process has put goes when it goes.
+            self._crew = Crew(executor, [ray.put(model)], on_gpu)
         threading.Thread(target=self._run, args=(work, items, folder), daemon=True).start()
 
     def state(self) -> tuple[bool, bool]:
@@ -75,46 +78,84 @@ def follow(
 ) -> Iterator[tuple[Any, Any]]:
     """Start the coordinator of this name, or join the one there is, and tell what comes out.
 
+    One that is lost, such as with its machine, is started again with what has not come out.
+
     Raises:
-        MechsteerError: the coordinator is lost, or ended with an error.
+        MechsteerError: the coordinator is lost again and again, or ended with an error.
     """
-    coordinator = _coordinator(name)
-    begun, ended = ray.get(coordinator.state.remote())
-    if ended:  # what came out of it is in the folder, and what failed there is tried again
-        ray.kill(coordinator)
-        coordinator, begun = _coordinator(name), False
-    try:
-        if not begun:
-            # The coordinator owns the model, which then outlives this process.
-            reference = [ray.put(model, _owner=coordinator)]
-            on_gpu = model.device.type == "cuda"
-            ray.get(coordinator.start.remote(executor, reference, on_gpu, work, list(items), folder))
-        seen = told = 0
-        while True:
-            events, log, ended, error = ray.get(coordinator.events.remote(seen, told))
-            for line in log:
-                LOG.info(line)
-            seen, told = seen + len(events), told + len(log)
-            yield from events
+    came: set[Any] = set()
+    for attempt in range(1, _LOSSES + 1):
+        coordinator = _coordinator(name)
+        try:
+            begun, ended = ray.get(coordinator.state.remote())
             if ended:
-                break
+                # Nobody took what came out: it is in the folder, and what failed is tried again.
+                _stop(coordinator, name)
+                coordinator, begun = _coordinator(name), False
+            if not begun:
+                left = [item for item in items if item not in came]
+                ray.get(coordinator.start.remote(executor, model, model.device.type == "cuda", work, left, folder))
+            for item, outcome in _told(coordinator):
+                came.add(item)
+                yield item, outcome
+            return
+        except RayError as error:
+            LOG.info("the coordinator is lost (%s)", type(error).__name__)
+            if attempt == _LOSSES:
+                raise MechsteerError(
+                    f"The coordinator of this sweep was lost {attempt} times ({type(error).__name__}). What is "
+                    f"finished is in {folder}: the same call goes on."
+                ) from error
+        finally:  # also after Ctrl-C, and for a consumer that wants no more
+            _stop(coordinator, name)
+
+
+def _told(coordinator: Any) -> Iterator[tuple[Any, Any]]:
+    """What comes out of a coordinator, until all has.
+
+    Raises:
+        MechsteerError: it ended with an error.
+    """
+    seen = told = 0
+    ended, error = False, None
+    while not ended:
+        events, log, ended, error = ray.get(coordinator.events.remote(seen, told))
+        for line in log:
+            LOG.info(line)
+        seen, told = seen + len(events), told + len(log)
+        yield from events
+        if not ended:
             time.sleep(_POLL)
-    except RayError as error:
-        raise MechsteerError(
-            f"The coordinator of this sweep is lost ({type(error).__name__}). What is finished is in {folder}: the "
-            "same call goes on."
-        ) from error
-    except BaseException:  # also Ctrl-C, and a consumer that wants no more
-        ray.kill(coordinator)
-        raise
-    ray.kill(coordinator)
     if error is not None:
         raise MechsteerError(error)
 
 
 def _coordinator(name: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # Beside the process that asks, which often is where a cluster stands longest.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return (
         ray.remote(Coordinator)
-        .options(name=name, lifetime="detached", get_if_exists=True, num_cpus=0, max_concurrency=4)
+        .options(
+            name=name,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            max_concurrency=4,
+            scheduling_strategy=here,
+        )
         .remote(name)
     )
+
+
+def _stop(coordinator: Any, name: str) -> None:
+    """Stop a coordinator, and wait until its name is free."""
+    ray.kill(coordinator)
+    until = time.monotonic() + _GONE
+    while time.monotonic() < until:
+        try:
+            ray.get_actor(name)
+        except ValueError:
+            return
+        time.sleep(_POLL)

@@ -10,6 +10,7 @@ import traceback
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from mechsteer.executors.ray_executor import RayExecutor
 
 LOG = logging.getLogger("mechsteer.executors")
+LOG_NAME = "executor.log"
+"""The file in a sweep's folder that says what happened to workers and items, also in earlier runs."""
+
 # What a worker is given at once should take it about so many seconds: little is lost with a worker, and little time
 # goes into handing out.
 _SECONDS = 2.0
@@ -128,6 +132,7 @@ class Crew:
         self._failed_starts = 0
         self._where: dict[Any, str] = {}
         self._closed = threading.Event()
+        self._kept: tuple[Folder | None, str] = (None, "")  # where the log goes, and what stood there before
 
     @staticmethod
     def of(executor: "RayExecutor", model: Any) -> "Crew":
@@ -136,6 +141,8 @@ class Crew:
 
     def run(self, work: "Work", items: Sequence[Any], folder: Folder | None) -> Iterator[tuple[Any, Any]]:
         """See `mechsteer.executors.Executor.run`."""
+        self._keep_log(folder)
+        began = time.perf_counter()
         name, reference = uuid.uuid4().hex, [ray.put(work)]
         pending = deque(enumerate(items))
         tries = [0] * len(items)
@@ -185,6 +192,7 @@ class Crew:
                             pending.append((report.index, items[report.index]))
                         else:
                             yield items[report.index], Failure(report.error)
+            self._tell(f"{computed} items in {time.perf_counter() - began:.0f} s, {seconds:.0f} s of work")
         finally:
             self._idle += [worker for worker, _ in busy.values()]
 
@@ -195,9 +203,19 @@ class Crew:
             ray.kill(worker)
         self._idle, self._starting = [], {}
 
+    def _keep_log(self, folder: Folder | None) -> None:
+        """Write the lines of the log to the folder from now on, after those that are there."""
+        there = folder is not None and LOG_NAME in folder.names()
+        self._kept = folder, folder.read_text(LOG_NAME) if folder is not None and there else ""
+        self.log.clear()
+
     def _tell(self, line: str) -> None:
         LOG.info(line)
         self.log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+        folder, before = self._kept
+        if folder is not None:
+            with suppress(OSError):  # a full disk is told of when results cannot be written
+                folder.write_text(LOG_NAME, before + "".join(f"{each}\n" for each in self.log))
 
     def _room(self) -> int:
         """How many workers the cluster has room for, or were asked for."""

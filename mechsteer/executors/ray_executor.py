@@ -5,6 +5,7 @@ Ray is an optional dependency (`pip install 'mechsteer[ray]'`), imported when a 
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 NAMESPACE = "mechsteer"
 _STARTS = 3
+# Seconds in which a machine of the cluster takes up a connection.
+_PATIENCE = 10.0
 
 
 @dataclass(eq=False)
@@ -94,6 +97,7 @@ class RayExecutor:
             options: dict[str, Any] = {"address": address, "namespace": NAMESPACE, "logging_level": "warning"}
             if address == "local":
                 options["include_dashboard"] = False
+            _check_answers(address)
             for attempt in range(_STARTS):
                 try:
                     ray.init(**options)
@@ -137,3 +141,14 @@ class RayExecutor:
         about = "\n".join([str(folder), *(folder.read_text(name) for name in folder.names() if name == MANIFEST)])
         name = hashlib.sha256(about.encode()).hexdigest()[:24]
         yield from follow(self, f"mechsteer-{name}", model, work, items, folder)
+
+
+def _check_answers(address: str) -> None:
+    """Raise `MechsteerError` where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "/" in address:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise MechsteerError(f"No Ray cluster answers at {address} ({error}).") from error
