@@ -11,13 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsteer.costs import CHUNK, SWEEP_LOGITS
 from mechsteer.engine import Cell, Clean, Engine, first_stage, shape_of
 from mechsteer.progress import Bar
 from mechsteer.prompts import Prompts
 from mechsteer.store import Store, Values
-
-# Tokens of prompts whose clean pass is kept at a time.
-_CHUNK = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass
@@ -109,7 +107,7 @@ class Grid:
             engine.model.check_slots(engine.prompts, cells[members[0]])
         self.engine, self.cells = engine, cells
         self.groups = [Group.of(engine, members, cells) for members in by_shape.values()]
-        self.chunks = list(_chunks(engine.prompts, _CHUNK.get(engine.model.device.type, _CHUNK["cuda"])))
+        self.chunks = list(_chunks(engine.prompts, CHUNK.get(engine.model.device.type, CHUNK["cuda"])))
         # Of the chunk, and of the chunk and group, that are computed now: every batch of them asks.
         self._clean: tuple[int, Clean | None] = (-1, None)
         self._counted: tuple[tuple[int, int], tuple[list[int], int]] = ((-1, -1), ([], 0))
@@ -135,7 +133,7 @@ class Grid:
         """The batch that the cells at `left` begin with, of at most `rows` rows if it has several cells; its rows."""
         counts, reads = self.counts(chunk, group)
         # Logits of more tokens than this would take more memory than everything else.
-        most = max(1, (1 << 25) // (reads * self.engine.model.d_vocab)) if reads else len(left)
+        most = max(1, SWEEP_LOGITS // (reads * self.engine.model.d_vocab)) if reads else len(left)
         n_cells, n_rows = 0, 0
         while n_cells < min(len(left), most) and (not n_cells or n_rows + counts[left[n_cells]] <= rows):
             n_rows += counts[left[n_cells]]

@@ -17,6 +17,7 @@ from mechsteer.activations import Activations, ModelId
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.backends.decoder import Cache, Capture, Decoder, key_of
 from mechsteer.backends.packing import Pack, whole_pack
+from mechsteer.costs import STAGES
 from mechsteer.hooks import Intervention, columns_of, stacked_hooks
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
@@ -26,8 +27,6 @@ from mechsteer.run import Run
 from mechsteer.site import Site
 
 Cell = tuple[Intervention, ...]
-# What a layer's forward pass meets before its attention, before its MLP, and after both.
-_STAGES = {"resid_mid": 1, "mlp_pre": 1, "mlp_pre_linear": 1, "mlp_post": 1, "mlp_out": 1, "resid_post": 2}
 
 
 def shape_of(cell: Cell) -> tuple[Any, ...]:
@@ -43,7 +42,7 @@ def _stage(site: Site) -> int:
 
     `resid_post` of a layer is met when the next one starts; embeddings are at -1.
     """
-    return -1 if site.layer is None else 2 * site.layer + _STAGES.get(site.kind, 0)
+    return -1 if site.layer is None else 2 * site.layer + STAGES.get(site.kind, 0)
 
 
 def first_stage(cell: Cell, n_layers: int) -> int:
@@ -54,7 +53,8 @@ def first_stage(cell: Cell, n_layers: int) -> int:
 
 @dataclass
 class Work:
-    """Floating-point operations: done, and the least that the cells' own layers and positions need."""
+    """Floating-point operations: done, those of gradients too, and the least that a pass from the cells' own layers and
+    positions on needs."""
 
     done: float = 0.0
     least: float = 0.0
@@ -153,6 +153,7 @@ class Engine:
             if logits:
                 read = self.read[chunk][pack.last.rows.example, pack.last.rows.position]
                 rows = decoder.logits(x if bool(read.all()) else x[read])
+                self.work.done += decoder.unembed_flops * rows.shape[0]
             sites = {key: _spread(taken, layout.rows, prompts) for key, (taken, layout) in capture.taken.items()}
         return Clean(cache, resid, rows, sites)
 
@@ -227,7 +228,8 @@ class Engine:
                 x, pack, first=first, stop=n_layers, from_mlp=from_mlp, past=clean.cache, edits=edits, capture=capture
             )
             computed = pack.last.rows
-            self.work.done += decoder.flops(pack, first=first, from_mlp=from_mlp)
+            grad = torch.is_grad_enabled()
+            self.work.done += decoder.flops(pack, first=first, from_mlp=from_mlp, backward=grad)
         self.work.least += decoder.least_flops(start, stop, first, from_mlp, item_read)
         return self._run(n_cells, chunk, start, x, computed, pack, clean, capture)
 
@@ -246,7 +248,7 @@ class Engine:
         if bool(self.read.any()):
             wanted = self.read[computed.example, computed.position]
             logits = decoder.logits(x if bool(wanted.all()) else x[wanted])
-            self.work.done += decoder.unembed_flops * logits.shape[0]
+            self.work.done += decoder.unembed_flops * logits.shape[0] * (2 if torch.is_grad_enabled() else 1)
             n_pos = read.shape[1]
             fresh = read & (torch.arange(n_pos, device=read.device) >= start.reshape(-1, 1))
             if not torch.equal(fresh, read):

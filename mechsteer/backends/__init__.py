@@ -183,6 +183,13 @@ def hub_folder(name: str, *, shipped: tuple[str, ...] = ()) -> Path:
     return huggingface.hub_folder(name, shipped=shipped)
 
 
+def hub_config(name: str) -> dict[str, Any]:
+    """The config of a hub model; see `mechsteer.backends.huggingface.hub_config`."""
+    from mechsteer.backends import huggingface
+
+    return huggingface.hub_config(name)
+
+
 def load_folder(folder: Path, *, backend: str, device: str | torch.device | None, dtype: torch.dtype) -> Loaded:
     """Load a Hugging Face folder with unprocessed weights, and check its logits against transformers' own.
 

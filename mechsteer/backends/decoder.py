@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mechsteer.backends.layers import Layer, Linear, Norm, Rotation
 from mechsteer.backends.packing import Bucket, Layout, Pack, whole_pack
+from mechsteer.costs import Dims, pass_flops
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
 from mechsteer.site import Site
@@ -116,7 +117,12 @@ class Decoder:
             self.ln_final = Norm.of(hooked.ln_final)
             self.unembed = Linear.of(hooked.unembed.W_U, hooked.unembed.b_U)
         self.d_vocab = self.unembed.w.shape[1]
-        self.unembed_flops = 2 * self.unembed.w.numel()
+        d_model, d_mlp = self.W_E.shape[1], self.layers[0].mlp_out.w.shape[0]
+        # What its cost is computed from, here and in plans of models that are not loaded.
+        self.dims = Dims(
+            self.n_layers, d_model, self.n_heads, self.n_kv_heads, self.d_head, d_mlp, self.d_vocab, self.gated
+        )
+        self.unembed_flops = self.dims.unembed_flops
 
     @staticmethod
     def of(hooked: Any) -> "Decoder | None":
@@ -224,28 +230,15 @@ class Decoder:
 
     # ---- what it costs ----
 
-    def _layer_flops(self, index: int, rows: int, queries: int, pairs: float, from_mlp: bool) -> float:
-        """Operations of a layer: `rows` give keys and values, `queries` all else; `pairs` of query and key."""
-        layer = self.layers[index]
-        mlp = 2.0 * queries * (layer.mlp_in.w.numel() + layer.mlp_out.w.numel())
-        if from_mlp:
-            return mlp
-        d_model, kv = layer.qkv.w.shape[0], 2 * self.n_kv_heads * self.d_head
-        project = 2.0 * rows * d_model * kv + 4.0 * queries * d_model * self.n_heads * self.d_head
-        return mlp + project + 4.0 * pairs * self.n_heads * self.d_head
+    def flops(
+        self, pack: Pack, *, first: int, from_mlp: bool = False, own: bool = False, backward: bool = False
+    ) -> float:
+        """Floating-point operations that `blocks` does, padding of the attention included.
 
-    def flops(self, pack: Pack, *, first: int, from_mlp: bool = False, own: bool = False) -> float:
-        """Floating-point operations that `blocks` does, padding of the attention included."""
-        total = 0.0
-        for index in range(first, self.n_layers):
-            queries = pack.last if index == self.n_layers - 1 else pack.all
-            if pack.sparse and not own:
-                pairs = float(queries.n_items * queries.width * (pack.n_past + pack.all.width))
-            else:
-                pairs = float(sum(each.n_items * each.width for each in pack.buckets(queries)) * pack.n_keys)
-            rows, asked = pack.all.item.shape[0], queries.item.shape[0]
-            total += self._layer_flops(index, rows, asked, pairs, from_mlp and index == first)
-        return total
+        Args:
+            backward: those of the gradient with respect to what entered, too.
+        """
+        return pass_flops(self.dims, pack.counts(own=own), first=first, from_mlp=from_mlp, backward=backward)
 
     def least_flops(
         self,
@@ -265,7 +258,8 @@ class Decoder:
         total = float(asked * self.unembed_flops)
         for index in range(first, self.n_layers):
             last = index == self.n_layers - 1
-            total += self._layer_flops(index, rows, asked if last else rows, pairs[last], from_mlp and index == first)
+            mlp_only = from_mlp and index == first
+            total += self.dims.layer_flops(rows, asked if last else rows, pairs[last], from_mlp=mlp_only)
         return total
 
     def _mlp(

@@ -12,6 +12,7 @@ from torch import Tensor
 from mechsteer.activations import Activations
 from mechsteer.backends.decoder import Alike, Cache, Capture
 from mechsteer.backends.packing import Pack, whole_pack
+from mechsteer.costs import CANDIDATE_LOGITS, CANDIDATE_TOKENS
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
@@ -23,12 +24,8 @@ from mechsteer.site import Site
 from mechsteer.vocabulary import embeddings, insert
 
 Ids = tuple[int, ...]
-# Tokens of a batch: about 2,000 are fastest on a CPU, where the allocator eats what more would gain.
-_TOKENS = {"cpu": 2048, "cuda": 32768}
 # How many times the tokens of a batch may become in making them equally many for every candidate.
 _EVEN = 1.1
-# Logits of a batch.
-_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +70,7 @@ class CandidateLosses:
         prompts: what the prefix goes into; see `insert`.
         table: embeddings of the vocabulary.
         fluency: weight of the prefix's own mean negative log likelihood (nats a token) in the loss.
+        flops: operations that the packed pass did so far.
     """
 
     def __init__(self, model: Model, prompts: PromptsLike, objective: Objective, *, fluency: float = 0.0) -> None:
@@ -86,9 +84,10 @@ class CandidateLosses:
         self._layouts: dict[int, Layout] = {}
         self._weights: dict[int, Tensor] = {}
         self._base: _Base | None = None
+        self.flops = 0.0
         device = model.device.type
-        self._tokens = _TOKENS.get(device, _TOKENS["cuda"])
-        self._logits = _LOGITS.get(device, _LOGITS["cuda"])
+        self._tokens = CANDIDATE_TOKENS.get(device, CANDIDATE_TOKENS["cuda"])
+        self._logits = CANDIDATE_LOGITS.get(device, CANDIDATE_LOGITS["cuda"])
 
     def layout(self, n: int) -> Layout:
         """For prefixes of n tokens."""
@@ -291,6 +290,10 @@ class CandidateLosses:
         # Candidates differ in a token or two: what layer 0 makes of the others by themselves is the same.
         alike = Alike.of(tokens, rows.position) if leaf is None else None
         x = self.decoder.blocks(x, pack, first=0, stop=self.decoder.n_layers, alike=alike, past=past)
+        self.flops += self.decoder.flops(pack, first=0, backward=leaf is not None)
+        self.flops += self.decoder.unembed_flops * x.shape[0] * (1 if leaf is None else 2)
+        if alike is not None:
+            self.flops -= self.decoder.dims.project_flops(len(alike.kind) - len(alike.first))
         # Rows stand in the order of (item, position), and the last layer was computed for those that are read.
         activations = Activations({}, prompts=items, model=self._id)
         return Run(items, self.decoder.logits(x), read, activations, example)
@@ -313,6 +316,7 @@ class CandidateLosses:
                 with torch.no_grad():
                     x = decoder.embed(prompts.tokens[rows.example, rows.position], pack.all, {}, Capture())
                     decoder.blocks(x, pack, first=0, stop=decoder.n_layers, own=cache)
+                self.flops += decoder.flops(pack, first=0, own=True)
                 caches.append(cache)
             self._base = kept = _Base(base, width, caches)
         return kept

@@ -416,5 +416,6 @@ class _Search:
             "ids": list(self.best), "text": self.trip.text(self.best), "loss": self.seen[self.best],
             "round_trip": list(self.trip.survives(self.best)), "method": self.method, "finished": finished,
         }  # fmt: skip
+        options = {**options, "flops": self.losses.flops}
         made = provenance(model=self.model.id, seconds=seconds, found=found, **options)
         return found_prefix(Result(data, provenance=made), found)

@@ -269,7 +269,7 @@ def optimise_soft_prefix(
         model=model.id, seed=seed, seconds=time.perf_counter() - began, objective=repr(objective), ended=ended,
         steps=steps, lr=lr, schedule=schedule, warmup=warmup, penalty=penalty, constraint=constraint, noise=noise,
         init=init if isinstance(init, str) else "embeddings" if isinstance(init, Tensor) else list(init),
-        held_out=held, prompts=right.hash,
+        held_out=held, prompts=right.hash, flops=loss.flops + (held_loss.flops if held_loss else 0.0),
     )  # fmt: skip
     return FoundSoft(trail.embeddings, trail.losses, Result(trail.dataset(bool(held)), provenance=made), model.id)
 

@@ -1,0 +1,173 @@
+"""What this machine can do, measured: rates of products and attention, bandwidth, and what the engine does besides."""
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from mechsteer.activations import ModelId
+from mechsteer.backends.blank import blank
+from mechsteer.costs import Dims
+from mechsteer.interventions import Add
+from mechsteer.model import Model
+from mechsteer.objectives import LogitGap
+from mechsteer.plan.devices import Device, Table
+from mechsteer.prompts import Prompts
+from mechsteer.site import Site
+from mechsteer.sweeps import sweep
+
+# Sizes that are measured: rows and the square root of a weight's entries; queries and keys; numbers of a tensor.
+_ROWS = {"cpu": (1, 8, 64, 256, 1024), "cuda": (16, 256, 1024, 4096, 16384)}
+_WEIGHTS = {"cpu": (32, 128, 384, 1024), "cuda": (256, 1024, 4096)}
+_ATTENTION = {"cpu": ((8, 16), (32, 32), (128, 128), (256, 512)), "cuda": ((16, 64), (128, 128), (512, 512))}
+_NUMBERS = {"cpu": (2**8, 2**12, 2**15, 2**18, 2**20, 2**22, 2**24), "cuda": (2**14, 2**18, 2**22, 2**26)}
+# Seconds that each of them is measured for, at least two times.
+_SECONDS = 0.012
+_TINY = {"d_model": 32, "n_heads": 2, "n_kv_heads": 2, "d_head": 16, "d_mlp": 64, "d_vocab": 64, "gated": True}
+_LENGTH = 8
+
+
+@lru_cache(maxsize=4)
+def here(*, dtype: str = "float32") -> Device:
+    """This machine, as a device to plan for; measured once in a process, which takes a second or two.
+
+    Args:
+        dtype: of the weights.
+    """
+    cuda = torch.cuda.is_available()
+    kind, at = ("cuda", torch.device("cuda")) if cuda else ("cpu", torch.device("cpu"))
+    of = getattr(torch, dtype)
+    with torch.no_grad():
+        matmul = Table(_ROWS[kind], _WEIGHTS[kind], [[_product(m, s, of, at) for s in _WEIGHTS[kind]]
+                                                      for m in _ROWS[kind]])  # fmt: skip
+        attention = Table([w * k for w, k in _ATTENTION[kind]], [1.0], [[_attended(w, k, of, at)]
+                                                                        for w, k in _ATTENTION[kind]])  # fmt: skip
+        move = _moves(kind, of, at)
+    name, memory = ("here", _memory()) if not cuda else (torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
+    rough = Device(
+        name, kind, {dtype: max(max(row) for row in matmul.values)}, max(row[0] for row in move.values), memory,
+        1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, True, matmul, attention, move,
+    )  # fmt: skip
+    host = _host(rough, of, at)
+    return Device(**{**vars(rough), **host})
+
+
+def _timed(run: Callable[[], Any], at: torch.device, seconds: float | int = _SECONDS) -> float:
+    """Median seconds of a call."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        run()
+        if at.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    once()
+    times = [once(), once()]
+    while sum(times) < seconds:
+        times.append(once())
+    return statistics.median(times)
+
+
+def _product(m: int, s: int, dtype: torch.dtype, at: torch.device) -> float:
+    x, w = torch.randn(m, s, device=at).to(dtype), torch.randn(s, s, device=at).to(dtype)
+    return 2.0 * m * s * s / _timed(lambda: x @ w, at)
+
+
+def _attended(width: int, keys: int, dtype: torch.dtype, at: torch.device) -> float:
+    items, heads, d = max(1, (1 << 14) // (width * keys)), 4, 64
+    q = torch.randn(items, heads, width, d, device=at).to(dtype)
+    k = torch.randn(items, heads, keys, d, device=at).to(dtype)
+    mask = torch.zeros(items, 1, width, keys, device=at).to(dtype)
+    seconds = _timed(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask), at)
+    return 4.0 * items * heads * width * keys * d / seconds
+
+
+def _moves(kind: str, dtype: torch.dtype, at: torch.device) -> Table:
+    """Bytes a second of a sum of two tensors, without what the smallest one takes."""
+    seconds: list[float] = []
+    for n in (16, *_NUMBERS[kind]):
+        a, b = torch.randn(n, device=at).to(dtype), torch.randn(n, device=at).to(dtype)
+        seconds.append(_timed(lambda a=a, b=b: a + b, at))
+    size = torch.empty(0, dtype=dtype).element_size()
+    moved = [3.0 * n * size for n in _NUMBERS[kind]]
+    rates = [[each / max(taken - seconds[0], 0.2 * taken)] for each, taken in zip(moved, seconds[1:], strict=True)]
+    return Table(moved, [1.0], rates)
+
+
+def _memory() -> float:
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError):  # where there is no sysconf
+        return math.inf
+
+
+# ---- what the engine does besides ----
+
+
+class _Blank(Model):
+    """A model with random weights that only the packed pass runs."""
+
+    def __init__(self, dims: Dims, dtype: torch.dtype, at: torch.device) -> None:
+        self._blank, self._at, self._of = blank(dims, device=at, dtype=dtype), at, dtype
+        self.name, self.tokenizer = "blank", None
+        self._made = ModelId("blank", "0" * 64, False)
+
+    decoder = property(lambda self: self._blank)
+    device = property(lambda self: self._at)
+    dtype = property(lambda self: self._of)
+    id = property(lambda self: self._made)
+    n_layers = property(lambda self: self._blank.n_layers)
+    d_model = property(lambda self: self._blank.dims.d_model)
+    d_vocab = property(lambda self: self._blank.d_vocab)
+    n_ctx = property(lambda self: 64)
+
+    def check_site(self, site: Site) -> None: ...
+
+    def check_width(self, site: Site, width: int, what: str) -> None: ...
+
+
+def _host(device: Device, dtype: torch.dtype, at: torch.device) -> dict[str, float]:
+    """Seconds of a layer, a batch, a cell and a call: from sweeps of models so small that nothing else counts."""
+    few, many, cells = 2, 10, 24
+
+    def seconds(layers: int, n: int, rows: int) -> float:
+        model = _Blank(Dims(n_layers=layers, **_TINY), dtype, at)
+        vector = torch.ones(model.d_model, dtype=dtype, device=at)
+        prompts = Prompts.from_ids([[1, 2, 3, 4, 5, 6, 7, 8][:_LENGTH]])
+
+        def run() -> None:
+            sweep(
+                model, prompts, axes={"alpha": [float(each) for each in range(n)]}, rows=rows, progress=False,
+                measure=LogitGap([5], [9]), build=lambda alpha: Add(vector, alpha, site=("resid_pre", 0)),
+            )  # fmt: skip
+
+        return _timed(run, at, 0.05)
+
+    shallow, deep = seconds(few, cells, 1), seconds(many, cells, 1)
+    # One batch for each cell, and a clean pass.
+    layer = (deep - shallow) / ((many - few) * (cells + 1))
+    single, all_at_once = seconds(few, 1, 1), seconds(few, 8 * cells, 1 << 20)
+    batch = (shallow - single) / (cells - 1) - few * layer
+    cell = max(0.0, (all_at_once - single) / (8 * cells - 1))
+    batch = max(0.0, batch - cell)
+    call = max(0.0, single - 2 * (batch + few * layer) - cell)
+    return {"layer_seconds": layer, "batch_seconds": batch, "cell_seconds": cell, "call_seconds": call}
+
+
+def told(device: Device) -> Sequence[tuple[str, str]]:
+    """What was measured, as names and texts."""
+    return [
+        ("products", f"{max(device.peak.values()) / 1e9:.3g} GFLOP/s at best"),
+        ("memory", f"{device.bandwidth / 1e9:.3g} GB/s at best"),
+        ("a layer", f"{1e6 * device.layer_seconds:.3g} us besides"),
+        ("a batch", f"{1e6 * device.batch_seconds:.3g} us"),
+        ("a cell", f"{1e6 * device.cell_seconds:.3g} us"),
+        ("a call", f"{1e3 * device.call_seconds:.3g} ms"),
+    ]
