@@ -22,6 +22,7 @@ from mechsteer.prompts import Prompts
 from mechsteer.site import Site
 from mechsteer.sweeps import sweep
 
+Clock = Callable[[], float]
 # Sizes that are measured: rows and the square root of a weight's entries; queries and keys; numbers of a tensor.
 _ROWS = {"cpu": (1, 8, 64, 256, 1024), "cuda": (16, 256, 1024, 4096, 16384)}
 _WEIGHTS = {"cpu": (32, 128, 384, 1024), "cuda": (256, 1024, 4096)}
@@ -34,39 +35,41 @@ _LENGTH = 8
 
 
 @lru_cache(maxsize=4)
-def here(*, dtype: str = "float32") -> Device:
+def here(*, dtype: str = "float32", clock: Callable[[], float] = time.perf_counter) -> Device:
     """This machine, as a device to plan for; measured once in a process, which takes a second or two.
 
     Args:
         dtype: of the weights.
+        clock: what to measure with. `time.process_time` with `torch.set_num_threads(1)` says what one core does, also
+            on a machine that others use meanwhile.
     """
     cuda = torch.cuda.is_available()
     kind, at = ("cuda", torch.device("cuda")) if cuda else ("cpu", torch.device("cpu"))
     of = getattr(torch, dtype)
     with torch.no_grad():
-        matmul = Table(_ROWS[kind], _WEIGHTS[kind], [[_product(m, s, of, at) for s in _WEIGHTS[kind]]
+        matmul = Table(_ROWS[kind], _WEIGHTS[kind], [[_product(m, s, of, at, clock) for s in _WEIGHTS[kind]]
                                                       for m in _ROWS[kind]])  # fmt: skip
-        attention = Table([w * k for w, k in _ATTENTION[kind]], [1.0], [[_attended(w, k, of, at)]
+        attention = Table([w * k for w, k in _ATTENTION[kind]], [1.0], [[_attended(w, k, of, at, clock)]
                                                                         for w, k in _ATTENTION[kind]])  # fmt: skip
-        move = _moves(kind, of, at)
+        move = _moves(kind, of, at, clock)
     name, memory = ("here", _memory()) if not cuda else (torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
     rough = Device(
         name, kind, {dtype: max(max(row) for row in matmul.values)}, max(row[0] for row in move.values), memory,
         1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, True, matmul, attention, move,
     )  # fmt: skip
-    host = _host(rough, of, at)
+    host = _host(of, at, clock)
     return Device(**{**vars(rough), **host})
 
 
-def _timed(run: Callable[[], Any], at: torch.device, seconds: float | int = _SECONDS) -> float:
+def _timed(run: Callable[[], Any], at: torch.device, clock: Clock, seconds: float | int = _SECONDS) -> float:
     """Median seconds of a call."""
 
     def once() -> float:
-        began = time.perf_counter()
+        began = clock()
         run()
         if at.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return clock() - began
 
     once()
     times = [once(), once()]
@@ -75,26 +78,26 @@ def _timed(run: Callable[[], Any], at: torch.device, seconds: float | int = _SEC
     return statistics.median(times)
 
 
-def _product(m: int, s: int, dtype: torch.dtype, at: torch.device) -> float:
+def _product(m: int, s: int, dtype: torch.dtype, at: torch.device, clock: Clock) -> float:
     x, w = torch.randn(m, s, device=at).to(dtype), torch.randn(s, s, device=at).to(dtype)
-    return 2.0 * m * s * s / _timed(lambda: x @ w, at)
+    return 2.0 * m * s * s / _timed(lambda: x @ w, at, clock)
 
 
-def _attended(width: int, keys: int, dtype: torch.dtype, at: torch.device) -> float:
+def _attended(width: int, keys: int, dtype: torch.dtype, at: torch.device, clock: Clock) -> float:
     items, heads, d = max(1, (1 << 14) // (width * keys)), 4, 64
     q = torch.randn(items, heads, width, d, device=at).to(dtype)
     k = torch.randn(items, heads, keys, d, device=at).to(dtype)
     mask = torch.zeros(items, 1, width, keys, device=at).to(dtype)
-    seconds = _timed(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask), at)
+    seconds = _timed(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask), at, clock)
     return 4.0 * items * heads * width * keys * d / seconds
 
 
-def _moves(kind: str, dtype: torch.dtype, at: torch.device) -> Table:
+def _moves(kind: str, dtype: torch.dtype, at: torch.device, clock: Clock) -> Table:
     """Bytes a second of a sum of two tensors, without what the smallest one takes."""
     seconds: list[float] = []
     for n in (16, *_NUMBERS[kind]):
         a, b = torch.randn(n, device=at).to(dtype), torch.randn(n, device=at).to(dtype)
-        seconds.append(_timed(lambda a=a, b=b: a + b, at))
+        seconds.append(_timed(lambda a=a, b=b: a + b, at, clock))
     size = torch.empty(0, dtype=dtype).element_size()
     moved = [3.0 * n * size for n in _NUMBERS[kind]]
     rates = [[each / max(taken - seconds[0], 0.2 * taken)] for each, taken in zip(moved, seconds[1:], strict=True)]
@@ -133,7 +136,7 @@ class _Blank(Model):
     def check_width(self, site: Site, width: int, what: str) -> None: ...
 
 
-def _host(device: Device, dtype: torch.dtype, at: torch.device) -> dict[str, float]:
+def _host(dtype: torch.dtype, at: torch.device, clock: Clock) -> dict[str, float]:
     """Seconds of a layer, a batch, a cell and a call: from sweeps of models so small that nothing else counts."""
     few, many, cells = 2, 10, 24
 
@@ -148,7 +151,7 @@ def _host(device: Device, dtype: torch.dtype, at: torch.device) -> dict[str, flo
                 measure=LogitGap([5], [9]), build=lambda alpha: Add(vector, alpha, site=("resid_pre", 0)),
             )  # fmt: skip
 
-        return _timed(run, at, 0.05)
+        return _timed(run, at, clock, 0.05)
 
     shallow, deep = seconds(few, cells, 1), seconds(many, cells, 1)
     # One batch for each cell, and a clean pass.
