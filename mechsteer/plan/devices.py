@@ -73,7 +73,9 @@ class Device:
             cell, and a whole sweep or search, besides what the device computes.
         measured: whether these are measurements of this machine; else shares and seconds are assumptions.
         matmul, attention, move: measured rates over the sizes of a kernel, where there are any: operations a second
-            over rows and the square root of the weights; over queries x keys; bytes a second over bytes.
+            over rows and the square root of the weights; over queries x keys and d_head; bytes a second over bytes.
+        slower: how many times as long as a mere move norms ("norm") and activations ("act") take.
+        engine: how many times as long as its kernels alone a layer of the engine takes, over d_model.
     """
 
     name: str
@@ -92,19 +94,21 @@ class Device:
     matmul: Table | None = field(default=None, repr=False)
     attention: Table | None = field(default=None, repr=False)
     move: Table | None = field(default=None, repr=False)
+    slower: Mapping[str, float] = field(default_factory=dict, repr=False)
+    engine: Table | None = field(default=None, repr=False)
 
     def seconds(self, kernel: Kernel, dtype: str) -> float:
         """Of the kernel on the device: the longer of computing and moving, as the roofline model has it (Williams,
         Waterman and Patterson 2009)."""
         rate = self.bandwidth * self.bandwidth_share if self.move is None else self.move.at(max(1.0, kernel.bytes))
-        moving = kernel.bytes / rate
+        moving = kernel.bytes / rate * self.slower.get(kernel.kind, 1.0)
         if not kernel.flops:
             return kernel.times * moving
         peak = self.rate(dtype)
         if kernel.kind == "attention":
             reached = peak * self.attention_share
             if self.attention is not None:
-                reached = self.attention.at(max(1.0, kernel.m * kernel.k))
+                reached = self.attention.at(max(1.0, kernel.m * kernel.k), kernel.n)
         else:
             reached = peak * self.matmul_share
             if self.matmul is not None:
@@ -123,8 +127,10 @@ class Device:
             )
         return self.peak[dtype]
 
-    def time(self, kernels: float | int, layers: float | int) -> float:
+    def time(self, kernels: float | int, layers: float | int, d_model: int) -> float:
         """Seconds of a batch whose kernels take so long and that goes through so many layers."""
+        if self.engine is not None:
+            kernels = kernels * self.engine.at(d_model)
         host = self.batch_seconds + layers * self.layer_seconds
         # The host runs ahead of a GPU: whichever takes longer.
         return host + kernels if self.kind == "cpu" else max(host, kernels)

@@ -176,7 +176,7 @@ def costed(work: Work, shape: Shape, device: Device, workers: int) -> Stage:
             flops += found[0] * often * one.times
             moved += found[1] * often * one.times
             kernels += found[2] * often
-        units.append((device.time(kernels, one.layers(dims)), one.times))
+        units.append((device.time(kernels, one.layers(dims), dims.d_model), one.times))
     cells = work.cells * device.cell_seconds
     # Each call looks whether the weights are still the same, which reads them once.
     extra = [*work.extra, Kernel("move", 0.0, weights_memory(shape) / 2, times=work.calls)]

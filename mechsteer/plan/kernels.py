@@ -15,7 +15,7 @@ class Kernel:
     """One kernel, or several alike.
 
     Attributes:
-        kind: "matmul" (with weights), "attention", or "move" for what only moves numbers.
+        kind: "matmul" (with weights), "attention", "norm", "act" (of an MLP), or "move" for what only moves numbers.
         flops: operations.
         bytes: read and written.
         m, k, n: of a product [m, k] @ [k, n]; of an attention, queries and keys of an item, and d_head.
@@ -130,9 +130,9 @@ def matmul(m: int, k: int, n: int, itemsize: int) -> Kernel:
     return Kernel("matmul", 2.0 * m * k * n, float(itemsize) * (m * k + k * n + m * n), m, k, n)
 
 
-def move(numbers: float | int, itemsize: int, times: float | int = 1.0) -> Kernel:
+def move(numbers: float | int, itemsize: int, times: float | int = 1.0, kind: str = "move") -> Kernel:
     """So many numbers read and written."""
-    return Kernel("move", 0.0, float(itemsize) * numbers, times=times)
+    return Kernel(kind, 0.0, float(itemsize) * numbers, times=times)
 
 
 def layer(
@@ -152,7 +152,7 @@ def layer(
     width, pairs = (counts.last_width, counts.last_pairs) if last else (counts.width, counts.pairs)
     made: list[Kernel] = []
     if not only_mlp:
-        made.append(move(3 * rows * d, itemsize))  # norm
+        made.append(move(3 * rows * d, itemsize, kind="norm"))
         if last and queries < rows:
             made += [
                 matmul(rows, d, 2 * kv, itemsize),
@@ -166,10 +166,10 @@ def layer(
         made += [move(2 * queries * h, itemsize), move(2 * rows * kv, itemsize)]  # rotation
         made += _attention(dims, counts, itemsize, queries, width, pairs)
         made += [matmul(queries, h, d, itemsize), move(3 * queries * d, itemsize)]
-    made += [move(3 * queries * d, itemsize), matmul(queries, d, dims.mlp_in, itemsize)]
-    made += [move(2 * queries * f, itemsize), move(3 * queries * f, itemsize)] if dims.gated else [
-        move(2 * queries * f, itemsize)
-    ]  # fmt: skip
+    made += [move(3 * queries * d, itemsize, kind="norm"), matmul(queries, d, dims.mlp_in, itemsize)]
+    made.append(move(2 * queries * f, itemsize, kind="act"))
+    if dims.gated:
+        made.append(move(3 * queries * f, itemsize))
     return [*made, matmul(queries, f, d, itemsize), move(3 * queries * d, itemsize)]
 
 
