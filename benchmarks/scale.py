@@ -14,10 +14,8 @@ import argparse
 import math
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -50,6 +48,10 @@ class Setting(NamedTuple):
     tokens: int = 4
     candidates: int = 128
     steps: int = 10
+
+
+# Given a model, prepares the work; what comes back does it, and gives the operations that the engine counted.
+Work = Callable[[ms.Model], Callable[[], float]]
 
 
 class Measured(NamedTuple):
@@ -91,24 +93,28 @@ def tokens(model: ms.Model, *shape: int, seed: int = 0) -> torch.Tensor:
 # ---- the workloads: a plan, and what does the work ----
 
 
-def patching(shape: ms.Shape, at: Setting, device: Device) -> tuple[Plan, Callable[[ms.Model], float]]:
+def patching(shape: ms.Shape, at: Setting, device: Device) -> tuple[Plan, Work]:
     """Every layer and position of one set of prompts patched into another."""
     axes = {"layer": shape.layers, "pos": at.positions}
     plan = ms.plan_sweep(shape, axes=axes, prompts=at.prompts, positions=at.positions, device=device)
 
-    def run(model: ms.Model) -> float:
+    def work(model: ms.Model) -> Callable[[], float]:
         source = model.run(tokens(model, at.prompts, at.positions, seed=1), record="resid_pre", logits="none")
-        swept = ms.sweep(
-            model, tokens(model, at.prompts, at.positions), axes={name: range(n) for name, n in axes.items()},
-            build=lambda layer, pos: ms.Replace(ms.Site("resid_pre", layer, pos=pos), source.activations),
-            measure=ms.LogitGap([5], [9]), progress=False,
-        )  # fmt: skip
-        return swept.provenance["options"]["flops"]
 
-    return plan, run
+        def run() -> float:
+            swept = ms.sweep(
+                model, tokens(model, at.prompts, at.positions), axes={name: range(n) for name, n in axes.items()},
+                build=lambda layer, pos: ms.Replace(ms.Site("resid_pre", layer, pos=pos), source.activations),
+                measure=ms.LogitGap([5], [9]), progress=False,
+            )  # fmt: skip
+            return swept.provenance["options"]["flops"]
+
+        return run
+
+    return plan, work
 
 
-def alphas(shape: ms.Shape, at: Setting, device: Device) -> tuple[Plan, Callable[[ms.Model], float]]:
+def alphas(shape: ms.Shape, at: Setting, device: Device) -> tuple[Plan, Work]:
     """A vector behind every layer at many strengths, and the cross entropy of completions."""
     axes = {"layer": shape.layers, "alpha": at.alphas}
     plan = ms.plan_sweep(
@@ -116,45 +122,53 @@ def alphas(shape: ms.Shape, at: Setting, device: Device) -> tuple[Plan, Callable
         device=device,
     )  # fmt: skip
 
-    def run(model: ms.Model) -> float:
+    def work(model: ms.Model) -> Callable[[], float]:
         vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(3)).to(model.device) * 0.1
         prompts = ms.Prompts.from_ids(
             tokens(model, at.prompts, at.positions),
             completions=tokens(model, at.prompts, at.completion, seed=1).tolist(),
         )
-        swept = ms.sweep(
-            model, prompts, axes={"layer": range(shape.layers), "alpha": [0.1 * each for each in range(at.alphas)]},
-            build=lambda layer, alpha: ms.Add(vector, alpha, site=("resid_post", layer)),
-            measure=ms.TeacherForcedCE(), progress=False,
-        )  # fmt: skip
-        return swept.provenance["options"]["flops"]
 
-    return plan, run
+        def run() -> float:
+            swept = ms.sweep(
+                model, prompts, axes={"layer": range(shape.layers), "alpha": [0.1 * n for n in range(at.alphas)]},
+                build=lambda layer, alpha: ms.Add(vector, alpha, site=("resid_post", layer)),
+                measure=ms.TeacherForcedCE(), progress=False,
+            )  # fmt: skip
+            return swept.provenance["options"]["flops"]
+
+        return run
+
+    return plan, work
 
 
-def prefix(shape: ms.Shape, at: Setting, device: Device) -> tuple[Plan, Callable[[ms.Model], float]]:
+def prefix(shape: ms.Shape, at: Setting, device: Device) -> tuple[Plan, Work]:
     """A soft prefix, and a search (GCG) from random tokens."""
     plan = ms.plan_prefix(
         shape, tokens=at.tokens, evaluations=at.candidates, steps=at.steps, restarts=1, beam=0, method="gcg", width=32,
         prompts=at.prompts, positions=at.positions, before=0, completion=at.completion, device=device, text=False,
     )  # fmt: skip
 
-    def run(model: ms.Model) -> float:
+    def work(model: ms.Model) -> Callable[[], float]:
         prompts = ms.Prompts.from_ids(
             tokens(model, at.prompts, at.positions),
             completions=tokens(model, at.prompts, at.completion, seed=1).tolist(),
         )
         slotted = insert(prompts, at.tokens)
-        found = optimise_soft_prefix(
-            model, slotted, ms.TeacherForcedCE(), n_restarts=1, steps=at.steps, patience=None, progress=False
-        )
-        search = search_prefix(
-            model, slotted, ms.TeacherForcedCE(), method="gcg", evaluations=at.candidates, width=32, progress=False
-        )
-        provenance = found.history.provenance, search.trajectory.provenance
-        return sum(each["options"]["flops"] for each in provenance)
 
-    return plan, run
+        def run() -> float:
+            found = optimise_soft_prefix(
+                model, slotted, ms.TeacherForcedCE(), n_restarts=1, steps=at.steps, patience=None, progress=False
+            )
+            search = search_prefix(
+                model, slotted, ms.TeacherForcedCE(), method="gcg", evaluations=at.candidates, width=32, progress=False
+            )
+            provenance = found.history.provenance, search.trajectory.provenance
+            return sum(each["options"]["flops"] for each in provenance)
+
+        return run
+
+    return plan, work
 
 
 def insert(prompts: ms.Prompts, n: int) -> ms.Prompts:
@@ -170,13 +184,14 @@ WORKLOADS = {"layer x position patching": patching, "alphas x layers": alphas, "
 _clock = time.perf_counter
 
 
-def measured(run: Callable[[ms.Model], float], model: ms.Model, runs: int) -> Measured:
+def measured(work: Work, model: ms.Model, runs: int) -> Measured:
     """Operations by the engine's own counter, and median seconds; one turn before builds the packed weights."""
-    flops = run(model)
+    run = work(model)
+    flops = run()
     times = []
     for _ in range(runs):
         began = _clock()
-        run(model)
+        run()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         times.append(_clock() - began)
@@ -222,8 +237,8 @@ def exponents(device: Device, runs: int, names: Sequence[str]) -> Table:
         rows = []
         for value in values:
             shape, at = setting(name, value)
-            plan, run = WORKLOADS[work](shape, at, device)
-            done = measured(run, model_of(shape), runs)
+            plan, doing = WORKLOADS[work](shape, at, device)
+            done = measured(doing, model_of(shape), runs)
             rows.append((plan.flops, done.flops, plan.seconds, done.seconds))
         slopes = [slope(values, column) for column in zip(*rows, strict=True)]
         table.add_row(name, ", ".join(map(str, values)), work, *(f"{each:.2f}" for each in slopes))
@@ -236,8 +251,8 @@ def exponents(device: Device, runs: int, names: Sequence[str]) -> Table:
 
 def chapters(device: Device) -> Table:
     """The predicted and the measured seconds of each chapter of the default study of the pocket model."""
-    from mechsteer.study import study
     from mechsteer.study.case import Case
+    from mechsteer.study.chapters import chapters as shipped_chapters
     from mechsteer.study.requests import shipped
     from mechsteer.study.settings import Settings
 
@@ -247,9 +262,12 @@ def chapters(device: Device) -> Table:
     plan = ms.plan_study(
         model, requests=len(shipped()), positions=round(plain), prefix=round(long - plain), device=device
     )
-    with tempfile.TemporaryDirectory() as folder:
-        done = study("Talk only about cats.", out=Path(folder) / "cats", model=model, progress=False)
-        seconds = {name: each.seconds for name, each in done.chapters.items()}
+    seconds: dict[str, float] = {}
+    for chapter in shipped_chapters():
+        began = _clock()
+        chapter.measure(case)
+        seconds[chapter.name] = _clock() - began
+        print(f"{chapter.name}: measured", file=sys.stderr)
     table = Table(title="a study of the pocket model, chapter by chapter")
     for column in ("chapter", "predicted, s", "measured, s", "ratio", ""):
         table.add_column(column)
@@ -300,11 +318,16 @@ def main() -> int:
     for name in arguments.sizes[:1] if arguments.quick else arguments.sizes:
         shape = SIZES[name]
         model = model_of(shape)
+        if outcomes:
+            # Anew, because what the machine does meanwhile, and how warm it is, changes.
+            device = here(clock=_clock, again=True)
         for work, make in WORKLOADS.items():
-            plan, run = make(shape, at, device)
-            outcomes.append(Outcome(work, name, plan, measured(run, model, 1 if arguments.quick else arguments.runs)))
+            plan, doing = make(shape, at, device)
+            done = measured(doing, model, 1 if arguments.quick else arguments.runs)
+            outcomes.append(Outcome(work, name, plan, done))
             print(f"{name}: {work} measured", file=sys.stderr)
-    table = Table(title=f"predicted beside measured, median of {arguments.runs}")
+    runs = 1 if arguments.quick else arguments.runs
+    table = Table(title=f"predicted beside measured, median of {runs}")
     for column in ("work", "model", "GFLOP", "measured", "ratio", "seconds", "measured", "ratio", ""):
         table.add_column(column)
     for each in outcomes:

@@ -46,15 +46,22 @@ _TINY = {"d_model": 32, "n_heads": 2, "n_kv_heads": 2, "d_head": 16, "d_mlp": 64
 _LENGTH = 8
 
 
-@lru_cache(maxsize=4)
-def here(*, dtype: str = "float32", clock: Callable[[], float] = time.perf_counter) -> Device:
-    """This machine, as a device to plan for; measured once in a process, which takes a second or two.
+def here(*, dtype: str = "float32", clock: Callable[[], float] = time.perf_counter, again: bool = False) -> Device:
+    """This machine, as a device to plan for: its GPU where it has one. Measured once in a process, in a few seconds.
 
     Args:
         dtype: of the weights.
+        again: measure anew.
         clock: what to measure with. `time.process_time` with `torch.set_num_threads(1)` says what one core does, also
             on a machine that others use meanwhile.
     """
+    if again:
+        _here.cache_clear()
+    return _here(dtype, clock)
+
+
+@lru_cache(maxsize=4)
+def _here(dtype: str, clock: Clock) -> Device:
     cuda = torch.cuda.is_available()
     kind, at = ("cuda", torch.device("cuda")) if cuda else ("cpu", torch.device("cpu"))
     of = getattr(torch, dtype)
