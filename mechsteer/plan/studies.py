@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mechsteer.errors import MechsteerError
 from mechsteer.plan.devices import Device
@@ -25,12 +24,13 @@ from mechsteer.plan.searches import beamed, candidate_seconds, searched, soft
 from mechsteer.plan.shape import Shape
 from mechsteer.plan.sweeps import Planned, _device, assumptions, check_numbers
 
-ROUGH: dict[str, str] = {
-    "travel": "rough: dense Jacobians and their singular values, which no other work has",
-    "features": "rough: what the autoencoder itself computes is left out",
+ROUGH: dict[str, tuple[float, str]] = {
+    "travel": (1.8, "passes in forward mode, dense Jacobians and their singular values"),
+    "strength": (1.3, "the local laws and the choice among curves"),
+    "features": (1.3, "what the autoencoder itself computes"),
 }
-"""Chapters whose work is modelled only roughly, and what is missing; `python benchmarks/scale.py --study` measures by
-how much each is off."""
+"""Chapters that are modelled only roughly: how many times as long as predicted they took, and what is left out or
+simplified. `python benchmarks/scale.py --study` measured that on the pocket model; see `docs/cost.md`."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,19 @@ def plan_study(
     made: set[str] = set()
     for name in [each for each in NAMES if each in asked]:
         parts = _CHAPTERS[name](case, made)
-        note = ROUGH.get(name, "") if parts else "no autoencoder ships for this model"
+        note = _rough(name) if parts else "no autoencoder ships for this model"
         stages.append(together(name, parts, note) if parts else Work(name, [], calls=0, note=note))
     what = f"study of {requests} requests of {positions} tokens, prefix of {prefix}, completions of {max_new_tokens}"
     notes = [*assumptions(machine, shape, workers), "Judging texts and drawing the report are left out."]
     return estimate(what, stages, shape, machine, workers, notes)
+
+
+def _rough(name: str) -> str:
+    """What the row of a chapter that is modelled roughly says."""
+    if name not in ROUGH:
+        return ""
+    times, why = ROUGH[name]
+    return f"rough: took {times:g} x as long as predicted on the pocket model ({why})"
 
 
 # ---- chapters ----
@@ -331,8 +339,3 @@ _CHAPTERS: dict[str, Callable[[_Case, set[str]], list[Work]]] = {
     "behaviour": _behaviour, "entry": _entry, "travel": _travel, "vector": _vector, "strength": _strength,
     "features": _features, "words": _words, "together": _together,
 }  # fmt: skip
-
-
-def chapters_known() -> dict[str, Any]:
-    """The chapters that are modelled, and of which only roughly."""
-    return {name: ROUGH.get(name, "") for name in _CHAPTERS}
