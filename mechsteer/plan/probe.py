@@ -3,7 +3,6 @@
 import itertools
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,7 +35,7 @@ _ROWS = {"cpu": (1, 8, 64, 256, 1024), "cuda": (16, 256, 1024, 4096, 16384)}
 _WEIGHTS = {"cpu": (32, 128, 384, 1024), "cuda": (256, 1024, 4096)}
 _ATTENTION = {"cpu": ((8, 16), (32, 32), (128, 128), (256, 512)), "cuda": ((16, 64), (128, 128), (512, 512))}
 _NUMBERS = {"cpu": (2**8, 2**12, 2**15, 2**18, 2**20, 2**22, 2**24), "cuda": (2**14, 2**18, 2**22, 2**26)}
-# Seconds that each of them is measured for, at least two times.
+# Seconds that each of them is measured for, at least five times.
 _SECONDS = 0.012
 # Tensors that take turns, and sizes of heads.
 _OTHERS, _HEADS = 4, (16, 64)
@@ -80,7 +79,7 @@ def _here(dtype: str, clock: Clock) -> Device:
 
 
 def _timed(run: Callable[[], Any], at: torch.device, clock: Clock, seconds: float | int = _SECONDS) -> float:
-    """Median seconds of a call."""
+    """Seconds of a call: the lower quartile, because what else the machine does only ever slows a call down."""
 
     def once() -> float:
         began = clock()
@@ -90,10 +89,10 @@ def _timed(run: Callable[[], Any], at: torch.device, clock: Clock, seconds: floa
         return clock() - began
 
     once()
-    times = [once(), once()]
+    times = [once() for _ in range(5)]
     while sum(times) < seconds:
         times.append(once())
-    return statistics.median(times)
+    return sorted(times)[len(times) // 4]
 
 
 def _product(m: int, s: int, dtype: torch.dtype, at: torch.device, clock: Clock) -> float:
