@@ -214,7 +214,7 @@ class Engine:
         elif stage < 2 * n_layers or cells[0]:
             x = clean.resid[stage][local, rows.position]
         else:
-            x = clean.cache.keys[0].new_zeros(0, decoder.W_E.shape[1])
+            x = decoder.W_E.new_zeros(0, decoder.W_E.shape[1])
         first, from_mlp = max(0, stage) // 2, stage > 0 and stage % 2 == 1
         before = ("resid_post", first - 1)
         if not from_mlp:

@@ -180,10 +180,11 @@ class Model:
             MechsteerError: the model does not run a hook point that is edited or recorded.
         """
         taken: dict[Site, Tensor] = {}
+        device = self.device  # where all that comes out is, whatever device a layer is on
 
         def recorder(site: Site) -> Callable[..., None]:
             def take(tensor: Float[Tensor, "..."], hook: Any) -> None:
-                taken[site] = tensor
+                taken[site] = tensor.to(device)
 
             return take
 
@@ -192,9 +193,9 @@ class Model:
         if not bool(read.any()) and all(site.layer is not None or site.order[0] < 0 for site in sites):
             stop = max((site.order[0] for site in sites), default=-1) + 1
         # In the padding anything may stand, also what is no id of this model.
-        tokens = right.tokens.masked_fill(~right.mask, 0).to(self.device)
+        tokens = right.tokens.masked_fill(~right.mask, 0).to(device)
         with backends.hooks(self.hooked, hooks):
-            rows = backends.logits_at(self.hooked, tokens, read.to(self.device), stop=stop)
+            rows = backends.logits_at(self.hooked, tokens, read.to(device), stop=stop)
         silent = [site.hook_name for site in sites if site not in taken]
         silent += never_fired(edits) if stop is None else []
         if silent:
@@ -406,6 +407,7 @@ def load_model(
     backend: str = "hooked_transformer",
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    n_devices: int = 1,
 ) -> Model:
     """Load a model with unprocessed weights, and check that its logits are those of transformers.
 
@@ -417,6 +419,9 @@ def load_model(
             transformers' own code and so covers more architectures.
         device: None means CUDA where there is one, else the CPU.
         dtype: of the weights. The check of the logits is made in fp32 and fp64.
+        n_devices: CUDA devices to spread the blocks over, for a model that one cannot hold: `device` and those that
+            follow it. Sweeps, generation and recordings run there as on one. Tested with devices that are made up,
+            not on real ones.
 
     Raises:
         ModelLoadError: with one line that says what is wrong with the name, folder or backend, and what to do.
@@ -424,7 +429,7 @@ def load_model(
     """
     backends.check_backend(backend)
     folder, name = _resolve(name_or_path)
-    loaded = backends.load_folder(folder, backend=backend, device=device, dtype=dtype)
+    loaded = backends.load_folder(folder, backend=backend, device=device, dtype=dtype, n_devices=n_devices)
     return Model(loaded.hooked, tokenizer=loaded.tokenizer, name=name)
 
 

@@ -1,5 +1,6 @@
 """Which tokens a packed forward pass computes, and how they stand as rows and as rectangles."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,19 @@ class Layout:
         self.dense = rows.position.shape[0] == n_items * width
         self.index = item * width + slot
         self.item = item
+        self._home: Layout | None = None
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout, known on another device."""
+        moved = copy.copy(self)
+        moved.rows, moved.index, moved.item = self.rows.to(device), self.index.to(device), self.item.to(device)
+        moved._home = self.home
+        return moved
+
+    @property
+    def home(self) -> "Layout":
+        """The layout that this one was moved from."""
+        return self if self._home is None else self._home
 
     def pad(self, x: Float[Tensor, "row *feature"]) -> Float[Tensor, "item width *feature"]:
         """Rows as the rectangle, zero where there is none."""
@@ -96,6 +110,21 @@ class Pack:
         way = way_of(item.shape[0], n_items, width, self.n_past, self.n_keys)
         self.sparse, self.joined = way == "split", way == "joined"
         self._memo: dict[Any, Any] = {}
+
+    def to(self, device: torch.device) -> "Pack":
+        """The same tokens, known on another device; kept, because all layers there ask."""
+        if self.start.device == device:
+            return self
+        key = ("to", device)
+        if key not in self._memo:
+            moved = copy.copy(self)
+            moved._memo = {}
+            moved.start, moved.group_of_row = self.start.to(device), self.group_of_row.to(device)
+            moved.all = moved.last = self.all.to(device)
+            if self.last_index is not None:
+                moved.last, moved.last_index = self.last.to(device), self.last_index.to(device)
+            self._memo[key] = moved
+        return self._memo[key]
 
     def buckets(self, queries: Layout) -> "list[Bucket]":
         """The items in groups of like width, so that little of the attention is padding."""

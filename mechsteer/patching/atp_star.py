@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
-from mechsteer.objectives.base import precise
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.site import Site
 

@@ -16,7 +16,8 @@ from mechsteer.costs import CANDIDATE_LOGITS, CANDIDATE_TOKENS
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import check_examples, precise
+from mechsteer.objectives.base import check_examples
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
 from mechsteer.run import Run
@@ -172,7 +173,7 @@ class CandidateLosses:
         rows = torch.tensor([ids], device=self.model.device)
         total, gradient = 0.0, torch.zeros(n, self.model.d_model, dtype=torch.float64, device=self.model.device)
         for number, chunk in enumerate(self._chunks(n)):
-            leaf = self.table[list(ids)].detach().clone().requires_grad_()
+            leaf = precise(self.table[list(ids)].detach().clone()).requires_grad_()
             with torch.enable_grad():
                 start = torch.zeros(1, dtype=torch.long, device=rows.device)
                 run = self._run(layout, chunk, number, rows, start, ids, leaf)
@@ -261,7 +262,8 @@ class CandidateLosses:
                 return values
             slot = position - first[example]
             inside = (slot >= 0) & (slot < n)
-            return torch.where(inside[..., None], leaf.to(values)[slot.clamp(0, n - 1)], values)
+            # Rounded after the choice, so that gradients of many prompts are summed before they are rounded.
+            return torch.where(inside[..., None], leaf[slot.clamp(0, n - 1)].to(values), values)
 
         if self.decoder is None:
             position = torch.arange(read.shape[1], device=read.device).expand_as(read)

@@ -23,7 +23,8 @@ from mechsteer.hooks import Intervention
 from mechsteer.interventions import Add, Replace, SoftPrefix
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import check_examples, one_of, precise, tokens_at
+from mechsteer.objectives.base import check_examples, one_of, tokens_at
+from mechsteer.precision import precise
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.intervals import check_finite, with_intervals
@@ -222,9 +223,9 @@ def nearest_tokens(
     vector = target.vector if isinstance(target, Direction) else target
     ids, table = allowed_tokens(model, forbidden=forbidden), embeddings(model)
     model.check_width(Site("embed"), len(vector), "nearest_tokens")
-    vector = vector.detach().to(table)
-    products = table[ids] @ vector
-    scores = {"inner_product": products, "cosine": cosines(table[ids], vector)}
+    rows = precise(table[ids])
+    vector = vector.detach().to(rows)
+    scores = {"inner_product": rows @ vector, "cosine": cosines(rows, vector)}
     best = scores[by].argsort(descending=True, stable=True)[:n].tolist()
     chosen = [ids[each] for each in best]
     data = xr.Dataset(
@@ -307,7 +308,7 @@ def linear_prediction(
     gradient = gap_gradient(model, slotted, measure=measure, filler=filler, progress=progress)
     table = embeddings(model)
     stands = filling(table, filler)
-    steps = table[torch.tensor(rows, device=table.device)] - stands  # [token, slot, d_model]
+    steps = precise(table[torch.tensor(rows, device=table.device)]) - stands  # [token, slot, d_model]
     predicted = torch.einsum("psd,tsd->tp", gradient.slots, steps.to(gradient.slots))
     base = gradient.value.cpu().numpy()
 
@@ -324,7 +325,7 @@ def linear_prediction(
         label: [SoftPrefix(step + stands)] for label, step in zip(labels, steps, strict=True)
     }
     sums: dict[str, list[Intervention]] = {
-        label: [Add(table[list(row)].sum(0), site=Site("embed"), at=-1)]
+        label: [Add(precise(table[list(row)]).sum(0), site=Site("embed"), at=-1)]
         for label, row in zip(labels, rows, strict=True)
     }
     true = measured(slotted, soft) - base

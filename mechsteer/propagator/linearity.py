@@ -16,7 +16,8 @@ from mechsteer.gradients import graph_tokens, traced
 from mechsteer.interventions import Add
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import one_of, precise
+from mechsteer.objectives.base import one_of
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.spectra import normal
 from mechsteer.result import Result, provenance
