@@ -53,11 +53,11 @@ class Pretend(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", str(func))
-        if func is Tensor.device.__get__:
+        if func == Tensor.device.__get__:
             return self.of(args[0])
-        if func is Tensor.is_cuda.__get__:
+        if func == Tensor.is_cuda.__get__:
             return self.of(args[0]).type == "cuda"
-        if func is Tensor.data.__set__:
+        if func == Tensor.data.__set__:
             self.put(args[0], self.of(args[1]))
             return func(*args)
         if name in ("to", "cpu", "cuda") and isinstance(args[0], Tensor):

@@ -117,15 +117,17 @@ def places(hooked: Any) -> tuple[Any, ...]:
 
 def fingerprint(hooked: Any) -> tuple[Any, ...]:
     """Changes whenever a weight does, also where it was edited through `.data`; reads all weights once."""
-    parameters = list(hooked.parameters())
-    with torch.no_grad():
-        # One call for all of them: as fast as memory is read.
-        # In fp32: a norm in half precision has three digits, and most edits would not show.
-        options = {} if all(wide(each.dtype) == each.dtype for each in parameters) else {"dtype": torch.float32}
-        norms = [norm.float() for norm in torch._foreach_norm(parameters, **options)]  # pyright: ignore
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for parameter in hooked.parameters():
+        by_device.setdefault(parameter.device, []).append(parameter)
     values: list[float] = []
-    for device in dict.fromkeys(norm.device for norm in norms):
-        values += torch.stack([norm for norm in norms if norm.device == device]).tolist()
+    for parameters in by_device.values():
+        with torch.no_grad():
+            # One call for all of them: as fast as memory is read. In fp32, because a norm in half precision has three
+            # digits, and most edits would not show.
+            options = {} if all(wide(each.dtype) == each.dtype for each in parameters) else {"dtype": torch.float32}
+            norms = torch._foreach_norm(parameters, **options)  # pyright: ignore
+            values += torch.stack([norm.float() for norm in norms]).tolist()
     return (*values, places(hooked))
 
 
