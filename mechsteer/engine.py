@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsteer import memory
 from mechsteer.activations import Activations, ModelId
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.backends.decoder import Cache, Capture, Decoder, key_of
 from mechsteer.backends.packing import Pack, whole_pack
 from mechsteer.costs import STAGES
 from mechsteer.hooks import Intervention, columns_of, stacked_hooks
+from mechsteer.memory import Memory
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
 from mechsteer.prompts import Prompts
@@ -108,6 +110,26 @@ class Engine:
         counts = torch.arange(n_pos, device=needed.device) + 1
         # Nothing after the last token that an objective reads needs computing.
         self.stop: Int[Tensor, " batch"] = (needed * counts).amax(1)
+
+    def memory(self, stages: Sequence[int], *, rows: int, chunk: int, grad: bool = False) -> Memory:
+        """What a sweep, or with `grad` a search, holds at its largest.
+
+        Args:
+            stages: that the cells start at.
+            rows: tokens in a batch of cells.
+            chunk: tokens of prompts whose clean pass is kept at a time.
+            grad: whether the batch's graph is kept.
+        """
+        model, lengths = self.model, self.prompts.lengths
+        tokens = int(lengths.sum())
+        kept = min(tokens, max(chunk, int(lengths.max())))
+        share = float(self.read.sum()) / tokens
+        stream = len(set(stages)) * kept * model.d_model * model.dtype.itemsize
+        parts = memory.weights(model) if self.decoder is not None else {"weights": memory.weights(model)["weights"]}
+        parts["clean pass"] = memory.of_keys_and_values(model, kept) + stream
+        whole = memory.of_batch(model, kept, reads=int(share * kept))
+        parts["batch"] = max(whole, memory.of_batch(model, rows, reads=int(share * rows), grad=grad))
+        return Memory(parts, memory.held(model))
 
     def packs(self, cell: Cell) -> bool:
         """Whether the packed forward pass covers the cell; otherwise it takes TransformerLens's hooks."""

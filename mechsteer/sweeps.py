@@ -105,6 +105,7 @@ def sweep(
     )
     size = BatchSize(rows or ROWS.get(model.device.type, ROWS["cuda"]), fixed=rows is not None)
     with executor_of(executor) as chosen, bar("cells", store.done.size, show=progress) as shown:
+        grid.memory(size.rows).announce("Sweep" if chosen is None else "Each worker of the sweep", show=progress)
         shown.advance(int(store.done.sum()))
         if chosen is None:
             run_here(grid, store, size, shown)
@@ -141,6 +142,7 @@ class SweepWork:
     def bind(self, model: Model) -> Callable[[Batch], tuple[list[Values], Work]]:
         """What computes a batch: its values, in halves where memory runs out, and the operations that took."""
         grid = Grid(Engine(model, model.prompts(self.prompts), self.measures), self.cells)
+        grid.check_memory()
 
         def compute(batch: Batch) -> list[Values]:
             try:

