@@ -45,7 +45,7 @@ def test_what_does_not_fit_goes_to_disk(
     ]
     plain = model.run(given, changes, record=SITES)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(offload, "_TOKENS", {"cpu": 24})
+    monkeypatch.setattr(offload, "_TOKENS", {"cpu": 24, "cuda": 24})
     monkeypatch.setattr(offload, "free_bytes", lambda device: 20_000)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     import tempfile
@@ -63,7 +63,7 @@ def test_what_does_not_fit_goes_to_disk(
 
 
 def test_a_file_of_ones_own(model: ms.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "_TOKENS", {"cpu": 24})
+    monkeypatch.setattr(offload, "_TOKENS", {"cpu": 24, "cuda": 24})
     given, path = prompts(model), tmp_path / "deep" / "acts.safetensors"
     run = model.run(given, record=SITES, logits="last", out=path)
     same(run, model.run(given, record=SITES, logits="last"))
