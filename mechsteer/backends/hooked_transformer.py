@@ -89,7 +89,7 @@ def spread(hooked: Any, device: torch.device, n_devices: int) -> Any:
 
     The tests run this on devices that are made up; it was not run on real ones.
     """
-    from transformer_lens.utilities import get_device_for_block_index
+    from transformer_lens.utilities.multi_gpu import get_device_for_block_index
 
     hooked.cfg.device, hooked.cfg.n_devices = str(device), n_devices
     places = [get_device_for_block_index(index, hooked.cfg) for index in range(hooked.cfg.n_layers)]

@@ -301,8 +301,8 @@ def _integrated(pair: _Pair, cells: _Cells, steps: int, tokens: int, advance: Ca
     # Midpoints of equal parts of the line: the error falls with the square of their number.
     shares = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     for part in shares.split(max(1, tokens // pair.base.tokens.numel())):
-        ends = [precise(each[embed])[None] for each in (base, source)]
-        line = torch.lerp(*ends, part.to(ends[0]).view(-1, 1, 1, 1)).flatten(0, 1).to(base[embed])
+        start, stop = (precise(each[embed])[None] for each in (base, source))
+        line = torch.lerp(start, stop, part.to(start).view(-1, 1, 1, 1)).flatten(0, 1).to(base[embed])
         rows = torch.arange(batch).repeat(len(part))
         run = pair.traced(pair.base[rows], pair.example[rows], pair.points, embed=line)
         for site, gradient in run.gradients().items():
