@@ -140,9 +140,10 @@ def of_batch(model: "Model", rows: int, *, reads: int, grad: bool = False) -> in
     kv = 2 * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
     gated = 2 if cfg.gated_mlp else 1
     if grad:
-        # Saved by each layer: norms' inputs and outputs, queries, keys and values with their rotations, what attention
-        # gave, and the MLP's products before and after its non-linearity.
-        layer = 6 * cfg.d_model + 3 * heads + 2 * kv + (gated + 2) * cfg.d_mlp
+        # Saved by each layer: what its norms read, queries, and the MLP's products with what its non-linearity gave.
+        # Weights get no gradients, so that what they are multiplied with need not be kept.
+        norms = 2 * cfg.d_model * wide(model.dtype).itemsize // size
+        layer = norms + heads + (3 if cfg.gated_mlp else 1) * cfg.d_mlp
         numbers = rows * cfg.n_layers * layer
     else:
         # The stream, its norm, and the MLP's products, or the queries, keys and values with their copies.
