@@ -216,7 +216,10 @@ def _packed(
     # Where this forward pass applies, what enters layer 0 is `embed` plus a constant.
     inner = sorted({max(0, stage) for stage in stages})
     first, last = inner[0], final if logits else inner[-1]
-    clean = Engine(model, prompts, {}).clean(torch.arange(len(prompts), device=start.device), [first], logits=False)
+    engine, rows = Engine(model, prompts, {}), int((stop + 1 - start).sum())
+    width = rows + _ROWS.get(start.device.type, _ROWS["cuda"])  # and what goes back side by side
+    engine.memory([first], rows=width, chunk=prompts.tokens.numel(), grad=True).announce("Propagator")
+    clean = engine.clean(torch.arange(len(prompts), device=start.device), [first], logits=False)
     pack = Pack(
         lambda example, position, cell: Rows(prompts, example, position, cell),
         start[:, None],

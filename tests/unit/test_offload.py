@@ -96,6 +96,19 @@ def test_errors_come_before_work(zoo_folders: dict[str, Path], tmp_path: Path, m
         ms.sweep(model, prompts(model), axes={}, build=lambda: None, measure=ms.LogitGap(5, 9), progress=False)
 
 
+def test_recordings_whose_shards_do_not_fit(
+    zoo_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ms.load_model(zoo_folders["llama"], device="cpu")
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(
+        ms.MechsteerError, match=r"^This recording needs about .* GB: shard .* Pass a smaller shard_tokens"
+    ):
+        ms.record_stream(model, prompts(model), ["resid_post"], tmp_path / "rows", progress=False)
+    found = ms.record_stream(model, prompts(model), ["embed"], tmp_path / "few", shard_tokens=5, progress=False)
+    assert found.complete
+
+
 def test_the_line() -> None:
     need = memory.Memory(
         {"weights": 900_000_000, "clean pass": 100_000_000, "batch": 200_000_000}, frozenset({"weights"})
