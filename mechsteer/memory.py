@@ -69,7 +69,7 @@ def _gb(size: int) -> str:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that is free on a device now; None where nobody says. On a CPU, what a container allows counts too."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     if device.type != "cpu":
         return None
     found = [_available(), _allowed()]
