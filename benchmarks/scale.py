@@ -260,7 +260,7 @@ def chapters(device: Device) -> Table:
     case = Case.of(Settings(prefix="Talk only about cats.", requests=shipped()), model=model)
     plain, long = (float(each.lengths.float().mean()) for each in (case.plain, case.prefixed))
     plan = ms.plan_study(
-        model, requests=len(shipped()), positions=round(plain), prefix=round(long - plain), device=device
+        model, requests=len(shipped()), positions=round(plain), tokens=round(long - plain), device=device
     )
     seconds: dict[str, float] = {}
     for chapter in shipped_chapters():

@@ -7,16 +7,23 @@ layer makes of them.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 # Groups of items of like width that the attention is computed in, so that little of it is padding.
 BUCKETS = 4
-# Tokens of prompts whose clean pass is kept at a time, rows that the first batch of cells has, and most logits of a
-# batch, of a sweep; tokens and logits of a batch of candidates; rows of a batch whose graph is held.
+# Of a sweep: tokens of prompts whose clean pass is kept at a time, rows that the first batch of cells has, and most
+# logits of a batch.
 CHUNK = {"cpu": 4096, "cuda": 65536}
 ROWS = {"cpu": 1024, "cuda": 16384}
 SWEEP_LOGITS = 1 << 25
+# Of a batch of candidates: tokens, logits, and how many times the tokens may become in making them equally many for
+# every candidate. About 2,000 tokens are fastest on a CPU, where the allocator eats what more would gain.
 CANDIDATE_TOKENS = {"cpu": 2048, "cuda": 32768}
 CANDIDATE_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}
+CANDIDATE_EVEN = 1.1
+# Steps of a "mixed" search for one `width` of candidates.
+MIXED_PARTS = 4
+# Rows of a batch whose graph is held.
 GRAPH_ROWS = {"cpu": 4096, "cuda": 65536}
 # What a layer's forward pass meets before its attention (0), before its MLP, and after both.
 STAGES = {"resid_mid": 1, "mlp_pre": 1, "mlp_pre_linear": 1, "mlp_post": 1, "mlp_out": 1, "resid_post": 2}
@@ -40,6 +47,14 @@ class Dims:
     d_mlp: int
     d_vocab: int
     gated: bool = True
+
+    @staticmethod
+    def of(cfg: Any, d_vocab: int) -> "Dims":
+        """Those of a model that is loaded, from TransformerLens's config."""
+        return Dims(
+            cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head,
+            cfg.d_mlp or 4 * cfg.d_model, d_vocab, bool(cfg.gated_mlp),
+        )  # fmt: skip
 
     @property
     def attn_width(self) -> int:
@@ -196,6 +211,55 @@ def whole(n_prompts: int, length: int, read: Sequence[int] | None) -> Counts:
         n_prompts, rows, last, length, last_width, 0, length, "own", float(rows * length),
         float(n_prompts * last_width * length),
     )  # fmt: skip
+
+
+# ---- memory ----
+
+
+def kept_bytes(dims: Dims, itemsize: int, tokens: int, *, states: int = 0, logits: int = 0) -> int:
+    """What stays of a clean pass while batches are computed from it.
+
+    Args:
+        itemsize: bytes of a number.
+        tokens: whose keys and values are kept, in all layers.
+        states: stages before which the residual stream of these tokens is kept.
+        logits: rows of logits that are kept.
+    """
+    return itemsize * (tokens * (2 * dims.n_layers * dims.kv_width + states * dims.d_model) + logits * dims.d_vocab)
+
+
+def batch_bytes(
+    dims: Dims,
+    itemsize: int,
+    rows: int,
+    *,
+    logits: int,
+    keys: int | None = None,
+    scores: int = 0,
+    graph: int = 0,
+) -> int:
+    """What one batch of the packed pass holds at its largest: of the layer that is computed, or a graph of many layers.
+
+    Args:
+        itemsize: bytes of a number.
+        rows: tokens that are computed.
+        logits: rows of logits that are computed.
+        keys: in all items, that are copied for the attention; None for as many as rows.
+        scores: pairs of query and key whose scores are written out.
+        graph: layers whose graph is kept for a backward pass; 0 for none.
+    """
+    # What is summed is in fp32 at least: norms, and log-probabilities of what a gradient goes back from.
+    wide = max(itemsize, 4)
+    if graph:
+        # Saved by each layer: what its norms read, queries, and the MLP's products with what its non-linearity gave.
+        # Weights get no gradients, so that what they are multiplied with need not be kept.
+        layer = 2 * dims.d_model * wide + itemsize * (dims.attn_width + (3 if dims.gated else 1) * dims.d_mlp)
+        return rows * graph * layer + logits * dims.d_vocab * (itemsize + wide)
+    # The stream, its norm, and the MLP's products, or the queries, keys and values with their copies.
+    copies = (rows if keys is None else keys) * 4 * dims.kv_width + scores * dims.n_heads
+    attention = rows * 2 * (dims.attn_width + dims.kv_width) + copies
+    numbers = rows * 3 * dims.d_model + max(rows * (dims.mlp_in + dims.d_mlp), attention)
+    return itemsize * (numbers + logits * dims.d_vocab)
 
 
 def _bucketed(sizes: Sequence[tuple[int, int]], items: int) -> int:

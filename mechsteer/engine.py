@@ -18,7 +18,7 @@ from mechsteer.activations import Activations, ModelId
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.backends.decoder import Cache, Capture, Decoder, key_of
 from mechsteer.backends.packing import Pack, whole_pack
-from mechsteer.costs import STAGES
+from mechsteer.costs import STAGES, Dims, batch_bytes, kept_bytes
 from mechsteer.hooks import Intervention, columns_of, stacked_hooks
 from mechsteer.memory import Memory
 from mechsteer.model import Model
@@ -124,11 +124,12 @@ class Engine:
         tokens = int(lengths.sum())
         kept = min(tokens, max(chunk, int(lengths.max())))
         share = float(self.read.sum()) / tokens
-        stream = len(set(stages)) * kept * model.d_model * model.dtype.itemsize
+        dims, size = Dims.of(model.cfg, model.d_vocab), model.dtype.itemsize
         parts = memory.weights(model) if self.decoder is not None else {"weights": memory.weights(model)["weights"]}
-        parts["clean pass"] = memory.of_keys_and_values(model, kept) + stream
-        whole = memory.of_batch(model, kept, reads=int(share * kept))
-        parts["batch"] = max(whole, memory.of_batch(model, rows, reads=int(share * rows), grad=grad))
+        parts["clean pass"] = kept_bytes(dims, size, kept, states=sum(stage >= 0 for stage in set(stages)))
+        whole = batch_bytes(dims, size, kept, logits=int(share * kept))
+        graph = dims.n_layers if grad else 0
+        parts["batch"] = max(whole, batch_bytes(dims, size, rows, logits=int(share * rows), graph=graph))
         return Memory(parts, memory.held(model))
 
     def packs(self, cell: Cell) -> bool:

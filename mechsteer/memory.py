@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 from mechsteer.errors import MechsteerError
-from mechsteer.precision import wide
 from mechsteer.site import Site
 
 if TYPE_CHECKING:
@@ -48,8 +47,10 @@ class Memory:
 
     def announce(self, what: str, *, show: bool = True) -> None:
         """Tell it on standard error, where a bar would be drawn and it is 1 GB or more."""
+        if not show or self.total < TOLD:
+            return
         console = Console(stderr=True)
-        if show and self.total >= TOLD and (console.is_interactive or console.is_jupyter):
+        if console.is_interactive or console.is_jupyter:
             console.print(f"{what} {self}", highlight=False)
 
     def check(self, what: str, device: torch.device, advice: str) -> None:
@@ -125,37 +126,6 @@ def of_activations(model: "Model", sites: Iterable[Site], tokens: int, *, width:
                 numbers *= model.size(site, axis) or sizes.get(axis, 1)
         total += numbers * tokens * model.dtype.itemsize
     return total
-
-
-def of_batch(model: "Model", rows: int, *, reads: int, grad: bool = False) -> int:
-    """Bytes of one batch of the packed forward pass: of the layer that is computed, or with gradients of all layers.
-
-    Args:
-        rows: tokens that are computed.
-        reads: of which logits are computed.
-        grad: whether the graph is kept.
-    """
-    cfg, size = model.cfg, model.dtype.itemsize
-    heads = cfg.n_heads * cfg.d_head
-    kv = 2 * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
-    gated = 2 if cfg.gated_mlp else 1
-    if grad:
-        # Saved by each layer: what its norms read, queries, and the MLP's products with what its non-linearity gave.
-        # Weights get no gradients, so that what they are multiplied with need not be kept.
-        norms = 2 * cfg.d_model * wide(model.dtype).itemsize // size
-        layer = norms + heads + (3 if cfg.gated_mlp else 1) * cfg.d_mlp
-        numbers = rows * cfg.n_layers * layer
-    else:
-        # The stream, its norm, and the MLP's products, or the queries, keys and values with their copies.
-        numbers = rows * (3 * cfg.d_model + max((gated + 1) * cfg.d_mlp, 2 * heads + 3 * kv))
-    logits = reads * model.d_vocab * (size + (wide(model.dtype).itemsize if grad else 0))
-    return numbers * size + logits
-
-
-def of_keys_and_values(model: "Model", tokens: int) -> int:
-    """Bytes of the clean keys and values of all layers."""
-    cfg = model.cfg
-    return 2 * cfg.n_layers * tokens * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head * model.dtype.itemsize
 
 
 def of_folder(folder: Path, dtype: torch.dtype) -> int | None:

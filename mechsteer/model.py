@@ -389,6 +389,7 @@ class Model:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        backends.settle(self.hooked)
         self._id = backends.places(self.hooked), state["_id"]
 
     def __repr__(self) -> str:

@@ -115,6 +115,21 @@ def places(hooked: Any) -> tuple[Any, ...]:
     return tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in hooked.parameters())
 
 
+def settle(hooked: Any) -> None:
+    """Let a model that came from another process run where its weights arrived.
+
+    TransformerLens goes by its config, which names devices of the other process; blocks on several are put on them in
+    its order.
+    """
+    found = sorted({each.device for each in hooked.parameters()}, key=lambda device: device.index or 0)
+    if len(found) == 1:
+        hooked.cfg.device, hooked.cfg.n_devices = str(found[0]), 1
+    elif backend_of(hooked) == "hooked_transformer":
+        from mechsteer.backends.hooked_transformer import spread
+
+        spread(hooked, found[0], len(found))
+
+
 def fingerprint(hooked: Any) -> tuple[Any, ...]:
     """Changes whenever a weight does, also where it was edited through `.data`; reads all weights once."""
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -172,8 +187,7 @@ def build_decoder(hooked: Any) -> Any:
     with torch.no_grad():
         expected = hooked(tokens, attention_mask=torch.ones_like(tokens))[0]
         got = built.whole(tokens)[0]
-    wide = hooked.cfg.dtype in (torch.float32, torch.float64) if hasattr(hooked.cfg, "dtype") else True
-    tolerance = (1e-4 if wide else 5e-2) * max(1.0, float(expected.abs().max()))
+    tolerance = (1e-4 if wide(got.dtype) == got.dtype else 5e-2) * max(1.0, float(expected.abs().max()))
     worst = float((got.to(expected.device) - expected).abs().max())
     if not worst <= tolerance:
         warnings.warn(

@@ -39,7 +39,7 @@ def blank(dims: Dims, *, device: torch.device, dtype: torch.dtype, n_ctx: int = 
     made.n_layers, made.d_vocab, made.gated = dims.n_layers, dims.d_vocab, dims.gated
     made.soft_cap = made.logit_cap = 0.0
     made.act, made.dims, made.unembed_flops = F.silu, dims, dims.unembed_flops
-    made.rotation = Rotation(_Cfg(dims.d_head), device)
+    made.rotation = Rotation(_Cfg(dims.d_head))
     made.W_E, made.W_pos = drawn(dims.d_vocab, dims.d_model), None
     angles = torch.outer(torch.arange(n_ctx) + 0.0, torch.rand(dims.d_head // 2, generator=generator)).to(device)
     wide = dtype in (torch.float32, torch.float64)

@@ -72,7 +72,7 @@ def hub_config(name: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        with _quiet():
+        with quietly():
             return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
     except Exception as error:  # the hub client and transformers raise a dozen unrelated types
         raise ModelLoadError(

@@ -1,6 +1,8 @@
 """`mechsteer plan`: what a sweep, a search or a study will take, before it is run."""
 
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -27,28 +29,45 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Model = Annotated[
-    str,
+Planned = Annotated[
+    str | None,
     typer.Argument(
         metavar="MODEL",
-        help='"pocket", a folder with config.json, hub name, or numbers: "layers=12,d_model=768,heads=12,vocab=50257"',
+        help='"pocket", a folder with config.json, hub name, or numbers: "layers=12,d_model=768,heads=12,vocab=50257". '
+        'Default: "pocket"',
         autocompletion=options.complete_models,
     ),
 ]
-Device = Annotated[
-    str,
-    typer.Option(
-        help=f"One of {', '.join(DEVICES[1:])}; or here, which measures this machine.",
-        autocompletion=options.one_of(*DEVICES),
-    ),
-]
-Workers = Annotated[int, typer.Option(min=1, help="Devices that share the batches of sweeps.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="Of the weights. Default: what the config says.", autocompletion=options.one_of(*options.DTYPES)),
-]
-Tf32 = Annotated[bool, typer.Option("--tf32", help="Products of float32 are those of TF32.")]
 Completion = Annotated[int, typer.Option(min=0, help="Tokens of each completion, which are scored; 0 for none.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Of the prefix.")]
+
+
+@dataclass(frozen=True)
+class Running:
+    """The options of every plan: those of `options.Running` that matter here, and machines that may not be here."""
+
+    model: Annotated[str | None, typer.Option(help="The same as MODEL.", autocompletion=options.complete_models)] = None
+    device: Annotated[
+        str,
+        typer.Option(
+            help=f"One of {', '.join(DEVICES[1:])}; or here, which measures this machine.",
+            autocompletion=options.one_of(*DEVICES),
+        ),
+    ] = "h100"
+    workers: Annotated[int, typer.Option(min=1, help="Devices that share the batches of sweeps.")] = 1
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the weights. Default: what the config says.", autocompletion=options.one_of(*options.DTYPES)
+        ),
+    ] = None
+    tf32: Annotated[bool, typer.Option("--tf32", help="Products of float32 are those of TF32.")] = False
+    json: options.Json = False
+
+    @property
+    def machines(self) -> dict[str, Any]:
+        """What every plan takes of them, by name."""
+        return {name: getattr(self, name) for name in ("device", "workers", "tf32")}
 
 
 @app.command(
@@ -60,8 +79,9 @@ Completion = Annotated[int, typer.Option(min=0, help="Tokens of each completion,
         s1="",
     )
 )
+@options.expanded
 def sweep(
-    model: Model = "pocket",
+    text: Planned = None,
     axes: Annotated[
         str | None,
         typer.Option(
@@ -76,24 +96,21 @@ def sweep(
         str, typer.Option(help='First token touched, where no axis says: "all", "last", or a number.')
     ] = "all",
     completion: Completion = 0,
-    device: Device = "h100",
-    workers: Workers = 1,
-    dtype: Dtype = None,
-    tf32: Tf32 = False,
-    json: options.Json = False,
+    *,
+    running: Running,
 ) -> None:
     """Plan a sweep over layers, positions, heads, strengths or anything else."""
-    with terminal.for_machines(json):
+    model = _model_of(text, running)
+    with terminal.for_machines(running.json):
         from mechsteer.plan import Shape, plan_sweep
 
-        shape = Shape.of(model, dtype=dtype)
+        shape = Shape.of(model, dtype=running.dtype)
         sizes = {"layer": shape.layers, "pos": positions} if axes is None else _axes(axes)
         plan = plan_sweep(
             shape, axes=sizes, prompts=prompts, positions=positions, kind=kind, layer=layer,
-            at=int(at) if at.lstrip("-").isdigit() else at, completion=completion, device=device, workers=workers,
-            tf32=tf32,
+            at=int(at) if at.lstrip("-").isdigit() else at, completion=completion, **running.machines,
         )  # fmt: skip
-    _say(plan, json, "sweep")
+    _say(plan, running.json, "sweep")
 
 
 @app.command(
@@ -104,9 +121,10 @@ def sweep(
         s1="",
     )
 )
+@options.expanded
 def prefix(
-    model: Model = "pocket",
-    tokens: Annotated[int, typer.Option(min=1, help="Of the prefix.")] = 6,
+    text: Planned = None,
+    tokens: Tokens = 6,
     evaluations: Annotated[int, typer.Option(min=1, help="Prefixes whose exact loss is computed.")] = 1000,
     steps: Annotated[int, typer.Option(min=0, help="Of the soft prefix; 0 for none.")] = 100,
     restarts: Annotated[int, typer.Option(min=1, help="Soft prefixes side by side.")] = 3,
@@ -118,22 +136,20 @@ def prefix(
     prompts: Annotated[int, typer.Option(min=1, help="That are searched on.")] = 18,
     positions: Annotated[int, typer.Option(min=2, help="Tokens of each, without prefix and completion.")] = 16,
     completion: Completion = 40,
-    device: Device = "h100",
-    workers: Workers = 1,
-    dtype: Dtype = None,
-    tf32: Tf32 = False,
-    json: options.Json = False,
+    *,
+    running: Running,
 ) -> None:
     """Plan a search for a prefix: soft prefix, beam, and candidates."""
-    with terminal.for_machines(json):
+    model = _model_of(text, running)
+    with terminal.for_machines(running.json):
         from mechsteer.plan import plan_prefix
 
         plan = plan_prefix(
             model, tokens=tokens, evaluations=evaluations, steps=steps, restarts=restarts, beam=beam, method=method,
-            width=width, prompts=prompts, positions=positions, completion=completion, device=device, workers=workers,
-            dtype=dtype, tf32=tf32,
+            width=width, prompts=prompts, positions=positions, completion=completion, dtype=running.dtype,
+            **running.machines,
         )  # fmt: skip
-    _say(plan, json, "prefix")
+    _say(plan, running.json, "prefix")
 
 
 @app.command(
@@ -144,34 +160,43 @@ def prefix(
         s1="",
     )
 )
+@options.expanded
 def study(
-    model: Model = "pocket",
-    requests: Annotated[int, typer.Option(min=2, help="How many, half of them to search on.")] = 36,
+    text: Planned = None,
+    requests: Annotated[
+        str, typer.Option(help="How many, half of them to search on; or the file that a study will read them from.")
+    ] = "36",
     positions: Annotated[int, typer.Option(min=1, help="Tokens of each, with the chat template's.")] = 16,
-    prefix: Annotated[int, typer.Option(min=1, help="Tokens of the prefix.")] = 6,
+    tokens: Tokens = 6,
     max_new_tokens: options.MaxNewTokens = 40,
-    chapters: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Some of {', '.join(options.CHAPTERS)}. Default: all.", autocompletion=options.complete_chapters
-        ),
-    ] = None,
-    device: Device = "h100",
-    workers: Workers = 1,
-    dtype: Dtype = None,
-    tf32: Tf32 = False,
-    json: options.Json = False,
+    chapters: options.Chapters = None,
+    *,
+    running: Running,
 ) -> None:
     """Plan a study, chapter by chapter."""
-    with terminal.for_machines(json):
+    model = _model_of(text, running)
+    many = int(requests) if requests.isdecimal() else len(options.lines_of(Path(requests), "--requests"))
+    with terminal.for_machines(running.json):
         from mechsteer.plan import plan_study
 
         plan = plan_study(
-            model, requests=requests, positions=positions, prefix=prefix, max_new_tokens=max_new_tokens,
-            chapters=None if chapters is None else options.names(chapters), device=device, workers=workers,
-            dtype=dtype, tf32=tf32,
+            model, requests=many, positions=positions, tokens=tokens, max_new_tokens=max_new_tokens,
+            chapters=None if chapters is None else options.names(chapters), dtype=running.dtype, **running.machines,
         )  # fmt: skip
-    _say(plan, json, "study")
+    _say(plan, running.json, "study")
+
+
+def _model_of(text: str | None, running: Running) -> str:
+    """The model of a plan, which is an argument and an option.
+
+    Raises:
+        MechsteerError: it is given twice.
+    """
+    if text is not None and running.model is not None:
+        raise MechsteerError(
+            f"the model is given twice, as {text!r} and as --model {running.model!r}: give one of them"
+        )
+    return text or running.model or "pocket"
 
 
 def _axes(text: str) -> dict[str, int]:

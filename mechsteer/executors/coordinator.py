@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from mechsteer.errors import MechsteerError
 from mechsteer.executors.crew import LOG, Crew
-from mechsteer.executors.transport import share_tensors
+from mechsteer.executors.transport import gpus_of, share_tensors
 from mechsteer.folders import Folder
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ class Coordinator:
         self._lock = threading.Lock()
 
     def start(
-        self, executor: "RayExecutor", model: "list[ray.ObjectRef]", on_gpu: bool, work: "Work", items: Sequence[Any],
+        self, executor: "RayExecutor", model: "list[ray.ObjectRef]", gpus: int, work: "Work", items: Sequence[Any],
         folder: Folder,
     ) -> None:  # fmt: skip
         """Begin, unless it has begun."""
         with self._lock:
             if self._crew is not None:
                 return
-            self._crew = Crew(executor, model, on_gpu)
+            self._crew = Crew(executor, model, gpus)
         threading.Thread(target=self._run, args=(work, items, folder), daemon=True).start()
 
     def state(self) -> tuple[bool, bool]:
@@ -87,8 +87,7 @@ def follow(
         if not begun:
             # The coordinator owns the model, which then outlives this process.
             reference = [ray.put(model, _owner=coordinator)]
-            on_gpu = model.device.type == "cuda"
-            ray.get(coordinator.start.remote(executor, reference, on_gpu, work, list(items), folder))
+            ray.get(coordinator.start.remote(executor, reference, gpus_of(model), work, list(items), folder))
         seen = told = 0
         while True:
             events, log, ended, error = ray.get(coordinator.events.remote(seen, told))

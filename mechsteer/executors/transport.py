@@ -27,23 +27,29 @@ def share_tensors() -> None:
     _done = True
 
 
+def gpus_of(model: Any) -> int:
+    """On how many GPUs a model is."""
+    return len({each.device for each in model.hooked.parameters() if each.is_cuda})
+
+
 def pack(tensor: Tensor) -> tuple[np.ndarray, torch.dtype, str, bool, bool]:
-    """A tensor's values in the CPU's memory, its type, kind of device, and whether it is trained and a parameter."""
+    """A tensor's values in the CPU's memory, its type, device, and whether it is trained and a parameter."""
     plain = tensor.detach().cpu().contiguous()
     array = plain.view(_AS.get(plain.dtype, plain.dtype)).numpy()
     if plain.data_ptr() == tensor.data_ptr():
         # Tensors that share their memory share it there too: one vector of a thousand cells is one vector.
         array = _PACKED.setdefault((plain.data_ptr(), plain.dtype, *plain.shape), array)
-    return array, tensor.dtype, tensor.device.type, tensor.requires_grad, isinstance(tensor, nn.Parameter)
+    return array, tensor.dtype, str(tensor.device), tensor.requires_grad, isinstance(tensor, nn.Parameter)
 
 
 def unpack(packed: tuple[np.ndarray, torch.dtype, str, bool, bool]) -> Tensor:
-    """The tensor. On the CPU it shares read-only memory: nothing may be written to it in place."""
+    """The tensor. On the CPU it shares read-only memory: nothing may be written to it in place. Of another device it is
+    on the one of the same number, counted round where there are fewer."""
     array, dtype, device, trained, parameter = packed
     with warnings.catch_warnings():
         # Tensors know no read-only memory: torch warns of an array that is.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         tensor = torch.from_numpy(array).view(dtype)
     if device != "cpu" and torch.cuda.is_available():
-        tensor = tensor.to(device)
+        tensor = tensor.to(torch.device("cuda", (torch.device(device).index or 0) % torch.cuda.device_count()))
     return nn.Parameter(tensor, requires_grad=trained) if parameter else tensor.requires_grad_(trained)

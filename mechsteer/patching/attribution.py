@@ -271,9 +271,9 @@ class _Linear:
         elif "src" in self.site.axes:
             # Scores that causality hides are -inf in both runs.
             change = torch.where(self.change.isfinite(), self.change, 0)
-            dense = change * precise(gradients[self.site])
+            dense = change * gradients[self.site]
         else:
-            dense = (self.change * precise(gradients[self.site])).sum(-1)
+            dense = (self.change * gradients[self.site]).sum(-1)
         return torch.einsum("rbd,bhds->rbhs" if "src" in self.site.axes else "rbp,bp...->rb...", where.to(dense), dense)
 
 
@@ -306,7 +306,7 @@ def _integrated(pair: _Pair, cells: _Cells, steps: int, tokens: int, advance: Ca
         rows = torch.arange(batch).repeat(len(part))
         run = pair.traced(pair.base[rows], pair.example[rows], pair.points, embed=line)
         for site, gradient in run.gradients().items():
-            total = precise(gradient).unflatten(0, (len(part), batch)).sum(0) / steps
+            total = gradient.unflatten(0, (len(part), batch)).sum(0) / steps
             mean[site] = mean[site] + total if site in mean else total
         advance(len(rows))
     return [cells.reduce(_linear(pair.points, base, source), mean, pair.base)], torch.stack([before, after])

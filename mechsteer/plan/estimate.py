@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mechsteer import markup
-from mechsteer.costs import Dims
+from mechsteer.costs import Dims, batch_bytes
 from mechsteer.plan.devices import Device
 from mechsteer.plan.kernels import Kernel, Part, Pass
 from mechsteer.plan.shape import Shape
@@ -200,18 +200,15 @@ def weights_memory(shape: Shape) -> float:
     return 2.0 * shape.itemsize * (dims.n_layers * dims.layer_weights + 2 * dims.d_vocab * dims.d_model)
 
 
-def batch_memory(dims: Dims, one: Pass, itemsize: int) -> float:
-    """Bytes that a batch needs at once: of its widest layer, or of its logits. With a graph, of all layers."""
+def batch_memory(dims: Dims, one: Pass, itemsize: int) -> int:
+    """Bytes that a batch needs at once."""
     counts = one.counts
-    rows = counts.rows * (4 * dims.d_model + 2 * dims.attn_width + 2 * dims.kv_width + dims.mlp_in + dims.d_mlp)
-    keys = 2 * counts.items * counts.keys * dims.kv_width * (counts.way in ("joined", "copied"))
-    mask = counts.items * counts.width * counts.keys * (3 + 2 * dims.n_heads * (counts.way == "split"))
-    one_layer = float(rows + keys + mask) * itemsize
-    if one.backward:
-        one_layer *= max(1, dims.n_layers - one.first)
-    # Log-probabilities are made in fp32 beside the logits.
-    logits = one.logits * dims.d_vocab * (itemsize + 2 * max(itemsize, 4)) * (2 if one.backward else 1)
-    return max(one_layer, float(logits)) if not one.backward else one_layer + logits
+    return batch_bytes(
+        dims, itemsize, counts.rows, logits=one.logits,
+        keys=counts.items * counts.keys if counts.way in ("joined", "copied") else 0,
+        scores=2 * counts.items * counts.width * counts.keys if counts.way == "split" else 0,
+        graph=max(1, dims.n_layers - one.first) if one.backward else 0,
+    )  # fmt: skip
 
 
 # ---- how numbers read ----

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from mechsteer.costs import CHUNK, GRAPH_ROWS, ROWS, STAGES, SWEEP_LOGITS, Counts, Dims, counted, whole
+from mechsteer.costs import CHUNK, GRAPH_ROWS, ROWS, STAGES, SWEEP_LOGITS, Counts, Dims, counted, kept_bytes, whole
 from mechsteer.plan.estimate import Work, batch_memory
 from mechsteer.plan.kernels import Pass
 from mechsteer.plan.shape import Shape
@@ -114,10 +114,10 @@ def swept(
                 for counts, logits, many in made[group.starts]
             ]
     largest = max(parts)
-    states = sum(1 for stage in stages if stage >= 0) * dims.d_model
-    cache = 2 * dims.n_layers * dims.kv_width
-    logits = largest * len(prompts.read) * dims.d_vocab if needs_logits else 0
-    kept = float(shape.itemsize) * (largest * prompts.length * (cache + states) + logits)
+    kept = kept_bytes(
+        dims, shape.itemsize, largest * prompts.length, states=sum(stage >= 0 for stage in stages),
+        logits=largest * len(prompts.read) if needs_logits else 0,
+    )  # fmt: skip
     batch = max(batch_memory(dims, each, shape.itemsize) for each in passes)
     cells = sum(each.n for each in groups)
     return Work(name, passes, cells=cells, splits=cells > 1, kept=kept, batch=batch, note=note)
@@ -126,7 +126,7 @@ def swept(
 def _batches(
     dims: Dims, starts: Iterable[tuple[int, int]], prompts: Prompts, n: int, rows: int
 ) -> Iterable[tuple[tuple[tuple[int, int], ...], int]]:
-    """(starts of a batch's cells, how many such batches there are), as `mechsteer.sweeps` fills them: cells with most
+    """(starts of a batch's cells, how many such batches there are), as `mechsteer.batches` fills them: cells with most
     rows first, as many as there is room for."""
     most = max(1, SWEEP_LOGITS // (max(1, n * len(prompts.read)) * dims.d_vocab))
     batch: list[tuple[int, int]] = []
@@ -173,7 +173,7 @@ def generated(shape: Shape, n: int, length: int, new: int, name: str = "completi
     """Completions of `new` tokens of n prompts, all of them to the end."""
     dims = shape.dims
     passes: list[Pass] = []
-    kept = 0.0
+    kept = 0
     parts = {min(n, GENERATED): max(1, n // GENERATED)}
     if n > GENERATED and n % GENERATED:
         parts[n % GENERATED] = 1
@@ -184,7 +184,7 @@ def generated(shape: Shape, n: int, length: int, new: int, name: str = "completi
             keys = length + new // 2
             counts = Counts(many, many, many, 1, 1, 0, keys, "own", float(many * keys), float(many * keys))
             passes.append(Pass(counts, embeds=True, logits=many, times=batches * times * (new - 1)))
-        kept = max(kept, 2.0 * shape.itemsize * dims.n_layers * dims.kv_width * many * (length + new))
+        kept = max(kept, kept_bytes(dims, shape.itemsize, many * (length + new)))
     batch = max(batch_memory(dims, each, shape.itemsize) for each in passes)
     return Work(name, passes, calls=times, kept=kept, batch=batch)
 
@@ -212,7 +212,7 @@ def gradients(
         )
         for many, batches in parts.items()
     ]  # fmt: skip
-    kept = 2.0 * shape.itemsize * dims.n_layers * dims.kv_width * prompts.n * prompts.length
+    kept = kept_bytes(dims, shape.itemsize, prompts.n * prompts.length)
     batch = max(batch_memory(dims, each, shape.itemsize) for each in passes)
     return Work(name, passes, calls=0, kept=kept, batch=batch)
 

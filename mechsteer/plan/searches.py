@@ -3,7 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mechsteer.costs import CANDIDATE_LOGITS, CANDIDATE_TOKENS, Dims, counted, whole
+from mechsteer.costs import (
+    CANDIDATE_EVEN,
+    CANDIDATE_LOGITS,
+    CANDIDATE_TOKENS,
+    MIXED_PARTS,
+    Dims,
+    counted,
+    kept_bytes,
+    whole,
+)
 from mechsteer.errors import MechsteerError
 from mechsteer.plan.devices import Device
 from mechsteer.plan.estimate import Plan, Work, batch_memory, estimate
@@ -13,11 +22,8 @@ from mechsteer.plan.shape import Shape
 from mechsteer.plan.sweeps import Planned, _device, assumptions, check_numbers
 
 METHODS = ("hotflip", "gcg", "mixed")
-# As `mechsteer.prefix.search` and `soft` have them: a step of "mixed" evaluates this part of `width`, and held-out
-# prompts are looked at after so many steps.
-PARTS, LOOK = 4, 10
-# How many times the tokens of a batch may become in making them equally many for every candidate.
-EVEN = 1.1
+# Steps after which `mechsteer.prefix.soft` looks at held-out prompts.
+LOOK = 10
 
 
 def plan_prefix(
@@ -140,7 +146,7 @@ def searched(
 ) -> Work:  # fmt: skip
     """Steps of a search: a gradient, the keys and values before the end of the present prefix, and its candidates."""
     dims = shape.dims
-    each = max(1, width // PARTS) if method == "mixed" else width
+    each = max(1, width // MIXED_PARTS) if method == "mixed" else width
     steps = max(1, -(-evaluations // each))
     per = max(
         1,
@@ -158,7 +164,7 @@ def searched(
         passes.append(Pass(whole(n, before + tokens, ()), embeds=True, times=times * steps))
         for starts, many in _candidates(dims, prompts, before, tokens, min(each, evaluations), n, device, method):
             passes.append(_candidate_pass(dims, starts, prompts, before, tokens, n, many * times * steps))
-    cache = 2.0 * shape.itemsize * dims.n_layers * dims.kv_width * prompts.n * (prompts.length + 4)
+    cache = kept_bytes(dims, shape.itemsize, prompts.n * (prompts.length + 4))
     # The table that tokens are ranked with is in fp64, and is read once for each gradient.
     table = 8.0 * dims.d_vocab * dims.d_model + shape.itemsize * dims.d_vocab * dims.d_model
     batch = max(batch_memory(dims, one, shape.itemsize) for one in passes)
@@ -188,7 +194,7 @@ def _candidates(
         starts = [before + each for each in same[place : place + size]]
         earliest = min(starts)
         rows, even = sum(prompts.stop - at for at in starts), len(starts) * (prompts.stop - earliest)
-        if even <= EVEN * rows:
+        if even <= CANDIDATE_EVEN * rows:
             starts = [earliest] * len(starts)
         found.append((tuple((at, starts.count(at)) for at in sorted(set(starts))), 1))
     return found

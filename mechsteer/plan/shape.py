@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -196,12 +196,10 @@ def _of_config(config: Mapping[str, Any], name: str) -> Shape:
 
 
 def _of_model(model: Any) -> Shape:
-    cfg = model.cfg
-    d_mlp = cfg.d_mlp or 4 * cfg.d_model
+    dims = Dims.of(model.cfg, model.d_vocab)
     return Shape(
-        cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_key_value_heads or cfg.n_heads, cfg.d_head, d_mlp, model.d_vocab,
-        bool(cfg.gated_mlp), False, str(model.dtype).removeprefix("torch."), model.n_ctx, model.name,
-    )  # fmt: skip
+        *astuple(dims), tied=False, dtype=str(model.dtype).removeprefix("torch."), context=model.n_ctx, name=model.name
+    )
 
 
 def _filled(found: dict[str, Any], what: str) -> Shape:

@@ -83,7 +83,7 @@ def plan_study(
     *,
     requests: int = 36,
     positions: int = 16,
-    prefix: int = 6,
+    tokens: int = 6,
     max_new_tokens: int = 40,
     chapters: Sequence[str] | None = None,
     device: str | Device = "h100",
@@ -93,7 +93,7 @@ def plan_study(
 ) -> Plan:
     """What `mechsteer.study.study` will take, chapter by chapter.
 
-        ms.plan_study("google/gemma-2-9b-it", positions=24, prefix=6, device="h100", dtype="bfloat16")
+        ms.plan_study("google/gemma-2-9b-it", positions=24, tokens=6, device="h100", dtype="bfloat16")
 
     Work that several chapters share, such as completions or the search for other words, is counted where the first of
     them needs it. A chapter that is modelled roughly says so in its row.
@@ -102,7 +102,7 @@ def plan_study(
         model: as for `Shape.of`.
         requests: how many, half of them to search on.
         positions: tokens of a request without the prefix, with the chat template's.
-        prefix: tokens of the prefix.
+        tokens: of the prefix.
         max_new_tokens: length of the completions, all of which are taken to go to the end.
         chapters: names; None for all.
         device, workers, dtype, tf32: as for `plan_sweep`.
@@ -114,7 +114,7 @@ def plan_study(
 
     shape = Shape.of(model, dtype=dtype)
     machine = _device(device, shape, tf32)
-    check_numbers(positions=positions, prefix=prefix, max_new_tokens=max_new_tokens, workers=workers)
+    check_numbers(positions=positions, tokens=tokens, max_new_tokens=max_new_tokens, workers=workers)
     if not (isinstance(requests, int) and requests >= 2):
         raise MechsteerError(f"requests={requests!r} is too few. Pass at least 2, one for each half.")
     asked = list(NAMES if chapters is None else chapters)
@@ -122,14 +122,14 @@ def plan_study(
         if name not in NAMES:
             raise MechsteerError(f"chapters: {name!r} is none of {', '.join(NAMES)}.")
     half = requests // 2
-    case = _Case(shape, machine.kind, requests - half, half, positions, prefix, max_new_tokens)
+    case = _Case(shape, machine.kind, requests - half, half, positions, tokens, max_new_tokens)
     stages = [together("completions", [case.said(case.n, case.long), case.said(case.n, case.plain)])]
     made: set[str] = set()
     for name in [each for each in NAMES if each in asked]:
         parts = _CHAPTERS[name](case, made)
         note = _rough(name) if parts else "no autoencoder ships for this model"
         stages.append(together(name, parts, note) if parts else Work(name, [], calls=0, note=note))
-    what = f"study of {requests} requests of {positions} tokens, prefix of {prefix}, completions of {max_new_tokens}"
+    what = f"study of {requests} requests of {positions} tokens, prefix of {tokens}, completions of {max_new_tokens}"
     notes = [*assumptions(machine, shape, workers), "Judging texts and drawing the report are left out."]
     return estimate(what, stages, shape, machine, workers, notes)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mechsteer.activations import Activations
 from mechsteer.backends.decoder import Alike, Cache, Capture
 from mechsteer.backends.packing import Pack, whole_pack
-from mechsteer.costs import CANDIDATE_LOGITS, CANDIDATE_TOKENS
+from mechsteer.costs import CANDIDATE_EVEN, CANDIDATE_LOGITS, CANDIDATE_TOKENS
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
@@ -25,8 +25,6 @@ from mechsteer.site import Site
 from mechsteer.vocabulary import embeddings, insert
 
 Ids = tuple[int, ...]
-# How many times the tokens of a batch may become in making them equally many for every candidate.
-_EVEN = 1.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +277,7 @@ class CandidateLosses:
         stop = layout.stop[chunk][:, None].expand_as(start)
         # A few clean tokens computed again cost less than rows of unlike lengths.
         earliest = start.amin(1, keepdim=True).expand_as(start)
-        if int((stop - earliest).sum()) <= _EVEN * int((stop - start).sum()):
+        if int((stop - earliest).sum()) <= CANDIDATE_EVEN * int((stop - start).sum()):
             start = earliest
         pack = Pack(
             lambda group, position, cell: Rows(layout.prompts, chunk[group], position, cell),

@@ -97,7 +97,7 @@ def prompt_gradients(
                     f"{measure!r} has no gradient at {where}. Choose an earlier site, or an objective computed from "
                     "logits or later activations with PyTorch."
                 )
-            rows.append((precise(gradients[where]) * chosen[:, :, None]).sum(1))
+            rows.append((gradients[where] * chosen[:, :, None]).sum(1))
             shown.advance(len(part))
     origin = {"method": "prompt_gradients", "measure": repr(measure), "tokens": tokens, "prompts": right.hash}
     return Direction(torch.cat(rows), where, model.id, origin)

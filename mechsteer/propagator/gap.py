@@ -24,7 +24,7 @@ from mechsteer.interventions import Add, Replace, SoftPrefix
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.objectives.base import check_examples, one_of, tokens_at
-from mechsteer.precision import precise
+from mechsteer.precision import precise, wide
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.intervals import check_finite, with_intervals
@@ -143,9 +143,7 @@ def gap_gradient(
     check_examples(measure, right)
     stands = filling(embeddings(model), filler) if filler is not None or bool(right.slots.any()) else None
     shape = (*right.tokens.shape, model.d_model)
-    gradient, embed = (
-        torch.zeros(shape, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device) for _ in range(2)
-    )
+    gradient, embed = (torch.zeros(shape, dtype=wide(model.dtype), device=model.device) for _ in range(2))
     value = gradient.new_zeros(len(right))
     with bar("gradients", len(right), show=progress) as shown:
         for example in of_like_lengths(right.lengths, tokens or graph_tokens(model)):
@@ -183,7 +181,7 @@ def _gradient(
             "with PyTorch."
         )
     keep = prompts.mask[..., None]
-    return run.value.detach(), precise(gradients[embed]) * keep, precise(run.taken[embed]) * keep
+    return run.value.detach(), gradients[embed] * keep, precise(run.taken[embed]) * keep
 
 
 # ---- from a vector to tokens ----

@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import zoo
 from devices import Pretend
+from elsewhere import moved
 
 import mechsteer as ms
 from mechsteer.backends.hooked_transformer import spread
+from mechsteer.executors import transport
 from mechsteer.prefix.loss import PrefixLoss
 
 FIRST, SECOND = torch.device("cuda", 0), torch.device("cuda", 1)
@@ -106,6 +110,30 @@ def test_generation_and_gradients(both: tuple[ms.Model, ms.Model, Pretend]) -> N
         slotted = replace(prompts, slots=(prompts.positions > 0) & (prompts.positions < 3))
         losses.append(PrefixLoss(model, slotted, GAP, n_prefixes=2).gradient(start.to(model.device)))
     close(losses[1][1], losses[0][1])
+
+
+def test_a_worker_holds_a_model_on_as_many_devices_or_on_one(
+    both: tuple[ms.Model, ms.Model, Pretend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, split, pretend = both
+    assert transport.gpus_of(split) == 2 and transport.gpus_of(plain) == 0, "what a worker asks the cluster for"
+    alone = moved(split)
+    assert alone.device.type == "cpu" and alone.cfg.n_devices == 1 and alone.id == split.id, "no GPU is there"
+    close(alone.run(rows(alone)).rows, plain.run(rows(plain)).rows)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arrived = transport.unpack
+
+    @wraps(arrived)  # and so still pickled by name
+    def unpack(packed: Any) -> torch.Tensor:
+        out = arrived(packed)
+        pretend.put(out, arrived((*packed[:4], False)).device)  # which is lost where a parameter is made
+        return out
+
+    monkeypatch.setattr(transport, "unpack", unpack)
+    twice = moved(split)
+    assert [layer.device for layer in twice.decoder.layers] == [FIRST, FIRST, SECOND]
+    close(twice.run(rows(twice)).rows, plain.run(rows(plain)).rows)
 
 
 @pytest.mark.parametrize(

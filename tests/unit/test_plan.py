@@ -137,6 +137,16 @@ def test_the_engine_counts_gradients_as_pytorch_does(model: ms.Model) -> None:
     assert losses.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
+@pytest.mark.parametrize("alphas", [4, 40])
+def test_the_memory_of_a_plan_is_that_which_the_engine_announces(model: ms.Model, alphas: int) -> None:
+    prompts = ms.Prompts.from_ids(tokens(7, 12))
+    engine = Engine(model, prompts, {"gap": ms.LogitGap([5], [9])})
+    plan = ms.plan_sweep(
+        model, axes={"alpha": alphas}, kind="resid_post", prompts=7, positions=12, rows=7 * 12 * alphas
+    )
+    assert plan.memory == pytest.approx(engine.memory([4], rows=7 * 12 * alphas, chunk=4096).total, rel=0.1)
+
+
 def test_kernels_share_out_the_operations_of_a_pass() -> None:
     from mechsteer.costs import pass_flops
 

@@ -104,6 +104,7 @@ def test_tf32_is_for_float32() -> None:
         (["sweep", "pocket", "--axes", "layer=6,head=6", "--kind", "z", "--workers", "4"], ["sweep"]),
         (["prefix", "pocket", "--evaluations", "500"], ["soft prefix, 100 steps", "beam of 4 x 8"]),
         (["study", "pocket", "--chapters", "behaviour,vector"], ["completions", "behaviour", "vector"]),
+        (["study", "--model", "pocket", "--chapters", "vector", "--tokens", "4"], ["completions", "vector"]),
     ],
 )
 def test_the_command_prints_a_plan(arguments: list[str], stages: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,12 +122,24 @@ def test_the_command_prints_a_plan(arguments: list[str], stages: list[str], caps
         (["sweep", "pocket", "--axes", "layer"], "--axes: 'layer' is no size"),
         (["sweep", "pocket", "--device", "abacus"], "No device is called 'abacus'"),
         (["prefix", "pocket", "--method", "dice"], "method='dice' does not exist"),
+        (["sweep", "pocket", "--model", "gpt2"], "the model is given twice, as 'pocket' and as --model 'gpt2'"),
+        (["study", "--requests", "none.txt"], "--requests none.txt cannot be read"),
         (["study", "pocket", "--chapters", "weather"], "'weather' is none of"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     said = run(capsys, "plan", *arguments)
     assert said.status == 2 and message in " ".join(said.err.split()) and not said.out
+
+
+def test_requests_are_a_number_or_the_file_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.txt"
+    file.write_text("Say something.\nTell a story.\n\nName a colour.\nSing.\n", encoding="utf-8")
+    plans = [
+        run(capsys, "plan", "study", "--chapters", "vector", "--requests", each, "--json").json["stages"]
+        for each in ("4", str(file))
+    ]
+    assert plans[0] == plans[1]
 
 
 def test_the_devices_that_the_shell_completes_are_those_that_there_are() -> None:
