@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mechsteer.costs import CHUNK, SWEEP_LOGITS
 from mechsteer.engine import Cell, Clean, Engine, first_stage, shape_of
-from mechsteer.memory import Memory
+from mechsteer.memory import Memory, devices_of
 from mechsteer.progress import Bar
 from mechsteer.prompts import Prompts
 from mechsteer.store import Store, Values
@@ -127,7 +127,7 @@ class Grid:
         stages, longest = [group.stage for group in self.groups], int(self.engine.prompts.lengths.max())
         least = self.engine.memory(stages, rows=longest, chunk=1)
         advice = "Pass shorter prompts, or load the model with dtype=torch.bfloat16."
-        least.check("This sweep", self.engine.model.device, advice)
+        least.check("This sweep", devices_of(self.engine.model), advice)
 
     def counts(self, chunk: int, group: int) -> tuple[list[int], int]:
         """Tokens that each cell of a group computes in a chunk, and how many tokens of the chunk are read."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Below this a line about memory would only be in the way.
 TOLD = 10**9
+_GROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,16 @@ class Memory:
         if console.is_interactive or console.is_jupyter:
             console.print(f"{what} {self}", highlight=False)
 
-    def check(self, what: str, device: torch.device, advice: str) -> None:
+    def check(self, what: str, devices: Iterable[torch.device], advice: str) -> None:
         """
         Raises:
-            MechsteerError: it cannot fit in what is free now.
+            MechsteerError: it cannot fit in what is free now on these devices together.
         """
-        free = free_bytes(device)
-        if free is not None and self.new > free:
-            raise MechsteerError(f"{what} {self}, and {device} has {_gb(free)} GB free. {advice}")
+        free = {device: free_bytes(device) for device in devices}
+        known = [each for each in free.values() if each is not None]
+        if len(known) == len(free) and self.new > sum(known):
+            names, have = " and ".join(map(str, free)), "has" if len(free) == 1 else "have"
+            raise MechsteerError(f"{what} {self}, and {names} {have} {_gb(sum(known))} GB free. {advice}")
 
 
 def _gb(size: int) -> str:
@@ -70,7 +73,11 @@ def _gb(size: int) -> str:
 def free_bytes(device: torch.device) -> int | None:
     """Memory that is free on a device now; None where nobody says. On a CPU, what a container allows counts too."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
+        if not torch.cuda.is_available():
+            return None
+        # PyTorch keeps what was freed, and gives it again.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type != "cpu":
         return None
     found = [_available(), _allowed()]
@@ -91,12 +98,18 @@ def _available() -> int | None:
 
 
 def _allowed() -> int | None:
-    """What the control group of this process has left."""
-    folder = Path("/sys/fs/cgroup")
+    """What the control group of this process has left, its cache of files, which makes room, not counted."""
     try:
-        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        parts = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return limit - used + int(parts.get("inactive_file", 0))
     except (OSError, ValueError):  # "max" is no limit
         return None
+
+
+def devices_of(model: "Model") -> list[torch.device]:
+    """Those that a model's weights are on."""
+    return list(dict.fromkeys(each.device for each in model.hooked.parameters()))
 
 
 def weights(model: "Model") -> dict[str, int]:

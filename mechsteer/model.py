@@ -450,7 +450,7 @@ def load_model(
         # transformers' model, and that of the backend, which a bridge shares.
         need = memory.Memory({"weights": size} | ({} if backend == "bridge" else {"transformers' copy": size}))
         need.announce(f"Loading {name}")
-        need.check(f"Loading {name}", torch.device("cpu"), "Pass dtype=torch.bfloat16, or a smaller model.")
+        need.check(f"Loading {name}", [torch.device("cpu")], "Pass dtype=torch.bfloat16, or a smaller model.")
     loaded = backends.load_folder(folder, backend=backend, device=device, dtype=dtype, n_devices=n_devices)
     return Model(loaded.hooked, tokenizer=loaded.tokenizer, name=name)
 

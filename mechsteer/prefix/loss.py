@@ -10,7 +10,7 @@ from mechsteer.costs import GRAPH_ROWS
 from mechsteer.engine import Clean, Engine
 from mechsteer.errors import MechsteerError
 from mechsteer.interventions import SoftPrefix
-from mechsteer.memory import Memory
+from mechsteer.memory import Memory, devices_of
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.prompts import Prompts
@@ -79,7 +79,9 @@ class PrefixLoss:
         share = share / share[chosen].sum()
         limit = GRAPH_ROWS.get(device.type, GRAPH_ROWS["cuda"]) if batch_rows is None else batch_rows
         self.memory: Memory = self._engine.memory([-1], rows=limit, chunk=limit // n_prefixes, grad=True)
-        self.memory.check("This prefix search", device, "Pass batch_rows= with fewer tokens, or n_restarts=1.")
+        self.memory.check(
+            "This prefix search", devices_of(model), "Pass batch_rows= with fewer tokens, or n_restarts=1."
+        )
         for part in self._split(torch.tensor(chosen, device=device), start, limit):
             clean = None
             if self._packed:

@@ -98,7 +98,7 @@ def record_stream(
         rows = shard_tokens if total is None else min(shard_tokens, total)
         shard = Memory({"shard": of_activations(model, points, rows, width=1)})
         shard.announce("Recording", show=progress)
-        shard.check("This recording", torch.device("cpu"), "Pass a smaller shard_tokens=, or fewer sites.")
+        shard.check("This recording", [torch.device("cpu")], "Pass a smaller shard_tokens=, or fewer sites.")
     stream = _stream(model, parts, where)
     with bar("tokens", total, show=progress) as shown:
         advance = shown.advance

@@ -109,6 +109,29 @@ def test_recordings_whose_shards_do_not_fit(
     assert found.complete
 
 
+def test_several_devices_have_room_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    need, both = memory.Memory({"packed weights": 1500}), [torch.device("cuda", index) for index in range(2)]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    need.check("A sweep", both, "")
+    with pytest.raises(ms.MechsteerError, match=r"^A sweep needs .* and cuda:1 has 0\.000 GB free\. Wait\."):
+        need.check("A sweep", both[1:], "Wait.")
+    with pytest.raises(ms.MechsteerError, match=r"and cuda:0 and cuda:1 have 0\.000 GB free"):
+        memory.Memory({"packed weights": 2500}).check("A sweep", both, "")
+
+
+def test_what_makes_room_when_it_is_needed_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in (("max", "1000"), ("current", "900"), ("stat", "anon 300\nfile 600\ninactive_file 500\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    assert memory.free_bytes(torch.device("cpu")) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert (memory.free_bytes(torch.device("cpu")) or 0) > 600
+    for name, value in {"memory_reserved": 700, "memory_allocated": 300, "mem_get_info": (50, 1000)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert memory.free_bytes(torch.device("cuda")) == 450, "what PyTorch keeps of freed tensors, too"
+
+
 def test_the_line() -> None:
     need = memory.Memory(
         {"weights": 900_000_000, "clean pass": 100_000_000, "batch": 200_000_000}, frozenset({"weights"})
