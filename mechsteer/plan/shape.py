@@ -7,6 +7,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mechsteer import markup
 from mechsteer.costs import Dims
 from mechsteer.data import data_path
 from mechsteer.errors import MechsteerError
@@ -76,6 +77,9 @@ class Shape:
             raise MechsteerError(f"Shape got heads={self.heads} and kv_heads={self.kv_heads}, which do not divide it.")
         if self.dtype not in ITEMSIZE:
             raise MechsteerError(f"Shape got dtype={self.dtype!r}. Pass one of {', '.join(ITEMSIZE)}.")
+
+    def _repr_html_(self) -> str:
+        return markup.card("Shape", markup.facts(self.as_json()), about=self.name)
 
     @property
     def dims(self) -> Dims:
