@@ -36,6 +36,11 @@ from .objectives import TokenProb as TokenProb
 from .patching import activation_patching as activation_patching
 from .patching import attribution_patching as attribution_patching
 from .patching import path_patching as path_patching
+from .plan import Plan as Plan
+from .plan import Shape as Shape
+from .plan import plan_prefix as plan_prefix
+from .plan import plan_study as plan_study
+from .plan import plan_sweep as plan_sweep
 from .prompts import Prompts as Prompts
 from .propagator import Propagator as Propagator
 from .recording import Recording as Recording

@@ -341,13 +341,7 @@ class Activations(SiteMap[Tensor]):
         A file of that name is replaced once the new one is whole. The tokenizer is not saved.
         """
         tensors = {str(site): value for site, value in self.items()}
-        tensors |= {name: getattr(self.prompts, name) for name in _PROMPT_TENSORS}
-        manifest = {
-            "model": self.model._asdict(),
-            "labels": list(self.prompts.labels),
-            "sites": {str(site): list(site.axes) for site in self},
-        }
-        save_tensors(path, tensors, {**stamp(FORMAT, FORMAT_VERSION), **manifest})
+        save_tensors(path, tensors | prompt_tensors(self.prompts), manifest_of(self.prompts, self.model, self))
 
     @staticmethod
     def load(
@@ -380,6 +374,18 @@ class Activations(SiteMap[Tensor]):
                 tokenizer=None if model is None else model.tokenizer,
             )
             return Activations({site: file.get_tensor(str(site)) for site in wanted}, prompts=prompts, model=saved)
+
+
+def prompt_tensors(prompts: Prompts) -> dict[str, Tensor]:
+    """What a file of activations holds of the prompts, beside the manifest."""
+    return {name: getattr(prompts, name) for name in _PROMPT_TENSORS}
+
+
+def manifest_of(prompts: Prompts, model: ModelId, sites: Iterable[Site]) -> dict[str, Any]:
+    """The manifest of a file of activations."""
+    axes = {str(site): list(site.axes) for site in sites}
+    about = {"model": model._asdict(), "labels": list(prompts.labels), "sites": axes}
+    return {**stamp(FORMAT, FORMAT_VERSION), **about}
 
 
 def check_where(where: Bool[Tensor, "..."], prompts: Prompts) -> None:

@@ -11,13 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsteer.costs import CHUNK, SWEEP_LOGITS
 from mechsteer.engine import Cell, Clean, Engine, first_stage, shape_of
+from mechsteer.memory import Memory, devices_of
 from mechsteer.progress import Bar
 from mechsteer.prompts import Prompts
 from mechsteer.store import Store, Values
-
-# Tokens of prompts whose clean pass is kept at a time.
-_CHUNK = {"cpu": 4096, "cuda": 65536}
 
 
 @dataclass
@@ -109,10 +108,26 @@ class Grid:
             engine.model.check_slots(engine.prompts, cells[members[0]])
         self.engine, self.cells = engine, cells
         self.groups = [Group.of(engine, members, cells) for members in by_shape.values()]
-        self.chunks = list(_chunks(engine.prompts, _CHUNK.get(engine.model.device.type, _CHUNK["cuda"])))
+        self._chunk = CHUNK.get(engine.model.device.type, CHUNK["cuda"])
+        self.chunks = list(_chunks(engine.prompts, self._chunk))
         # Of the chunk, and of the chunk and group, that are computed now: every batch of them asks.
         self._clean: tuple[int, Clean | None] = (-1, None)
         self._counted: tuple[tuple[int, int], tuple[list[int], int]] = ((-1, -1), ([], 0))
+
+    def memory(self, rows: int) -> Memory:
+        """What is held at its largest with batches of so many rows."""
+        return self.engine.memory([group.stage for group in self.groups], rows=rows, chunk=self._chunk)
+
+    def check_memory(self) -> None:
+        """Refuse what does not fit in the memory that is free, whatever the batches.
+
+        Raises:
+            MechsteerError: it does not.
+        """
+        stages, longest = [group.stage for group in self.groups], int(self.engine.prompts.lengths.max())
+        least = self.engine.memory(stages, rows=longest, chunk=1)
+        advice = "Pass shorter prompts, or load the model with dtype=torch.bfloat16."
+        least.check("This sweep", devices_of(self.engine.model), advice)
 
     def counts(self, chunk: int, group: int) -> tuple[list[int], int]:
         """Tokens that each cell of a group computes in a chunk, and how many tokens of the chunk are read."""
@@ -135,7 +150,7 @@ class Grid:
         """The batch that the cells at `left` begin with, of at most `rows` rows if it has several cells; its rows."""
         counts, reads = self.counts(chunk, group)
         # Logits of more tokens than this would take more memory than everything else.
-        most = max(1, (1 << 25) // (reads * self.engine.model.d_vocab)) if reads else len(left)
+        most = max(1, SWEEP_LOGITS // (reads * self.engine.model.d_vocab)) if reads else len(left)
         n_cells, n_rows = 0, 0
         while n_cells < min(len(left), most) and (not n_cells or n_rows + counts[left[n_cells]] <= rows):
             n_rows += counts[left[n_cells]]
@@ -184,8 +199,14 @@ class Grid:
 
 
 def run_here(grid: Grid, store: Store, size: BatchSize, shown: Bar) -> None:
-    """All that is not done, in this process, in batches whose size is searched by speed."""
+    """All that is not done, in this process, in batches whose size is searched by speed.
+
+    Raises:
+        MechsteerError: not even the smallest batch fits in memory.
+    """
     work = grid.engine.work
+    if not store.done.all():
+        grid.check_memory()
     try:
         for chunk, group in itertools.product(range(len(grid.chunks)), range(len(grid.groups))):
             left = grid.left(chunk, group, store.done)

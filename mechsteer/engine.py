@@ -13,11 +13,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechsteer import memory
 from mechsteer.activations import Activations, ModelId
 from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.backends.decoder import Cache, Capture, Decoder, key_of
 from mechsteer.backends.packing import Pack, whole_pack
+from mechsteer.costs import STAGES, Dims, batch_bytes, kept_bytes
 from mechsteer.hooks import Intervention, columns_of, stacked_hooks
+from mechsteer.memory import Memory
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
 from mechsteer.prompts import Prompts
@@ -26,8 +29,6 @@ from mechsteer.run import Run
 from mechsteer.site import Site
 
 Cell = tuple[Intervention, ...]
-# What a layer's forward pass meets before its attention, before its MLP, and after both.
-_STAGES = {"resid_mid": 1, "mlp_pre": 1, "mlp_pre_linear": 1, "mlp_post": 1, "mlp_out": 1, "resid_post": 2}
 
 
 def shape_of(cell: Cell) -> tuple[Any, ...]:
@@ -43,7 +44,7 @@ def _stage(site: Site) -> int:
 
     `resid_post` of a layer is met when the next one starts; embeddings are at -1.
     """
-    return -1 if site.layer is None else 2 * site.layer + _STAGES.get(site.kind, 0)
+    return -1 if site.layer is None else 2 * site.layer + STAGES.get(site.kind, 0)
 
 
 def first_stage(cell: Cell, n_layers: int) -> int:
@@ -54,7 +55,8 @@ def first_stage(cell: Cell, n_layers: int) -> int:
 
 @dataclass
 class Work:
-    """Floating-point operations: done, and the least that the cells' own layers and positions need."""
+    """Floating-point operations: done, those of gradients too, and the least that a pass from the cells' own layers and
+    positions on needs."""
 
     done: float = 0.0
     least: float = 0.0
@@ -109,6 +111,27 @@ class Engine:
         # Nothing after the last token that an objective reads needs computing.
         self.stop: Int[Tensor, " batch"] = (needed * counts).amax(1)
 
+    def memory(self, stages: Sequence[int], *, rows: int, chunk: int, grad: bool = False) -> Memory:
+        """What a sweep, or with `grad` a search, holds at its largest.
+
+        Args:
+            stages: that the cells start at.
+            rows: tokens in a batch of cells.
+            chunk: tokens of prompts whose clean pass is kept at a time.
+            grad: whether the batch's graph is kept.
+        """
+        model, lengths = self.model, self.prompts.lengths
+        tokens = int(lengths.sum())
+        kept = min(tokens, max(chunk, int(lengths.max())))
+        share = float(self.read.sum()) / tokens
+        dims, size = Dims.of(model.cfg, model.d_vocab), model.dtype.itemsize
+        parts = memory.weights(model) if self.decoder is not None else {"weights": memory.weights(model)["weights"]}
+        parts["clean pass"] = kept_bytes(dims, size, kept, states=sum(stage >= 0 for stage in set(stages)))
+        whole = batch_bytes(dims, size, kept, logits=int(share * kept))
+        graph = dims.n_layers if grad else 0
+        parts["batch"] = max(whole, batch_bytes(dims, size, rows, logits=int(share * rows), graph=graph))
+        return Memory(parts, memory.held(model))
+
     def packs(self, cell: Cell) -> bool:
         """Whether the packed forward pass covers the cell; otherwise it takes TransformerLens's hooks."""
         kinds = {site.kind for each in cell for site in each.sites(self.model.n_layers)}
@@ -153,6 +176,7 @@ class Engine:
             if logits:
                 read = self.read[chunk][pack.last.rows.example, pack.last.rows.position]
                 rows = decoder.logits(x if bool(read.all()) else x[read])
+                self.work.done += decoder.unembed_flops * rows.shape[0]
             sites = {key: _spread(taken, layout.rows, prompts) for key, (taken, layout) in capture.taken.items()}
         return Clean(cache, resid, rows, sites)
 
@@ -213,7 +237,7 @@ class Engine:
         elif stage < 2 * n_layers or cells[0]:
             x = clean.resid[stage][local, rows.position]
         else:
-            x = clean.cache.keys[0].new_zeros(0, decoder.W_E.shape[1])
+            x = decoder.W_E.new_zeros(0, decoder.W_E.shape[1])
         first, from_mlp = max(0, stage) // 2, stage > 0 and stage % 2 == 1
         before = ("resid_post", first - 1)
         if not from_mlp:
@@ -227,7 +251,8 @@ class Engine:
                 x, pack, first=first, stop=n_layers, from_mlp=from_mlp, past=clean.cache, edits=edits, capture=capture
             )
             computed = pack.last.rows
-            self.work.done += decoder.flops(pack, first=first, from_mlp=from_mlp)
+            grad = torch.is_grad_enabled()
+            self.work.done += decoder.flops(pack, first=first, from_mlp=from_mlp, backward=grad)
         self.work.least += decoder.least_flops(start, stop, first, from_mlp, item_read)
         return self._run(n_cells, chunk, start, x, computed, pack, clean, capture)
 
@@ -246,7 +271,7 @@ class Engine:
         if bool(self.read.any()):
             wanted = self.read[computed.example, computed.position]
             logits = decoder.logits(x if bool(wanted.all()) else x[wanted])
-            self.work.done += decoder.unembed_flops * logits.shape[0]
+            self.work.done += decoder.unembed_flops * logits.shape[0] * (2 if torch.is_grad_enabled() else 1)
             n_pos = read.shape[1]
             fresh = read & (torch.arange(n_pos, device=read.device) >= start.reshape(-1, 1))
             if not torch.equal(fresh, read):

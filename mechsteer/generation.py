@@ -148,7 +148,8 @@ class Choice:
         if uniform is None:
             return logits.argmax(-1)
         # The likeliest becomes 0, which no temperature can overflow.
-        scaled = (logits - logits.amax(-1, keepdim=True)).float() / self.temperature
+        logits = logits.float()
+        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         probs = filtered(scaled, self.top_k, self.top_p).softmax(-1)
         exact = (probs if probs.is_cuda else probs.cpu()).double()  # Apple's GPUs have no fp64.
         cumulative = exact.cumsum(-1)
@@ -215,7 +216,8 @@ class _Packed:
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         """Go on with some of the rows only."""
         self._index, self._start, self._stop = self._index[rows], self._start[rows], self._stop[rows]
-        self._cache = Cache([k[rows] for k in self._cache.keys], [v[rows] for v in self._cache.values])
+        kept = ([each[rows.to(each.device)] for each in part] for part in (self._cache.keys, self._cache.values))
+        self._cache = Cache(*kept)
 
 
 class _Hooked:

@@ -12,6 +12,7 @@ from mechsteer.activations import Activations
 from mechsteer.hooks import Hooks
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.run import Run
 from mechsteer.site import Site
@@ -65,7 +66,7 @@ class Traced:
     points: dict[Site, list[Tensor]]
 
     def gradients(self, *, keep_graph: bool = False) -> dict[Site, Tensor]:
-        """d value / d activations of each site. It lacks sites that the objective does not depend on."""
+        """d value / d activations of each site that the objective depends on, in fp32 at least."""
         flat = [(site, tensor) for site, each in self.points.items() for tensor in each]
         if not flat or not self.value.requires_grad:
             return {}
@@ -75,7 +76,7 @@ class Traced:
         out: dict[Site, Tensor] = {}
         for (site, _), gradient in zip(flat, found, strict=True):
             if gradient is not None:
-                out[site] = out[site] + gradient if site in out else gradient
+                out[site] = out[site] + precise(gradient) if site in out else precise(gradient)
         return out
 
 
@@ -109,9 +110,10 @@ def traced(
             # through a tensor of the site's own: the same one can be that of an earlier site, which the objective may
             # read, and a bridge ignores the values that it shows its hooks unless another one comes back.
             begins = not points or not tensor.requires_grad
-            point = tensor.detach().requires_grad_() if begins else tensor.view_as(tensor)
+            here = tensor.to(model.device)
+            point = here.detach().requires_grad_() if begins else here.view_as(here)
             points.setdefault(site, []).append(point)
-            return point
+            return point.to(tensor.device)
 
         return at.hook_name, take
 

@@ -111,27 +111,29 @@ class Column:
 
     def __init__(self, cells: Sequence[Intervention]) -> None:
         self.cells = cells
-        self._edit: Edit | None = None
-        self._heads: Tensor | None = None
+        # By device, because one column can act in layers on several; with the head of each cell.
+        self._edits: dict[torch.device, tuple[Edit, Tensor | None]] = {}
 
     def __call__(self, x: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
         """`x` after the edit; out of place."""
-        if self._edit is None:
-            self._edit = type(self.cells[0])._edit(self.cells, x)
+        if x.device not in self._edits:
+            heads = None
             if self.cells[0].site.head is not None:
-                self._heads = torch.tensor([cell.site.head for cell in self.cells], device=x.device)
+                heads = torch.tensor([cell.site.head for cell in self.cells], device=x.device)
+            self._edits[x.device] = type(self.cells[0])._edit(self.cells, x), heads
+        edit, heads = self._edits[x.device]
         keep = touched([cell.at for cell in self.cells], rows)
-        if keep is None and self._heads is None:
-            return self._edit(x, rows)
+        if keep is None and heads is None:
+            return edit(x, rows)
         index = torch.arange(x.shape[0], device=x.device) if keep is None else keep.nonzero().squeeze(1)
         if not index.numel():
             return x
         chosen = rows[index]
         where: tuple[Tensor, ...] = (index,)
-        if self._heads is not None:
-            head = self._heads[chosen.cell]
+        if heads is not None:
+            head = heads[chosen.cell]
             chosen, where = chosen.with_head(head), (index, head)
-        return x.index_put(where, self._edit(x[where], chosen))
+        return x.index_put(where, edit(x[where], chosen))
 
 
 def columns_of(cells: Sequence[Sequence[Intervention]], n_layers: int) -> dict[Site, list[Column]]:
@@ -343,8 +345,8 @@ class Hook:
         x = self._shift(x, prompts, -1) if self._scores else x
         real = (position >= 0).nonzero().squeeze(1)
         item = torch.arange(batch, device=x.device).repeat_interleave(width)[real]
-        example = item if self._example is None else self._example[item]
-        cell = torch.zeros_like(item) if self._cell is None else self._cell[item]
+        example = item if self._example is None else self._example.to(x.device)[item]
+        cell = torch.zeros_like(item) if self._cell is None else self._cell.to(x.device)[item]
         rows = Rows(self._right, example, position[real], cell)
         flat = x.reshape(batch * width, *x.shape[2:])
         values = flat[real]
@@ -374,7 +376,7 @@ class Hook:
         if prompts is None or len(prompts) != batch or not 0 <= width - prompts.tokens.shape[1] <= self._n_new:
             prompts = self._others(prompts, batch, width)
         prompts = prompts.to(device)
-        self._right = prompts.padded("right") if self._base is None else self._base
+        self._right = prompts.padded("right") if self._base is None else self._base.to(device)
         return prompts
 
     def _others(self, prompts: Prompts | None, batch: int, width: int) -> Prompts:

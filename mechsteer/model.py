@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsteer import backends, generation, markup
+from mechsteer import backends, generation, markup, memory, offload
 from mechsteer.activations import Activations, ModelId, check_where, remember
 from mechsteer.backends import Hooked
 from mechsteer.backends.states import covers, states_at
@@ -122,6 +122,11 @@ class Model:
         return self._id[1]
 
     @property
+    def has_decoder(self) -> bool:
+        """Whether `decoder` is in memory."""
+        return self._decoder is not None and self._decoder[1] is not None
+
+    @property
     def decoder(self) -> Any:
         """The packed forward pass (`mechsteer.backends.decoder`) of the present weights, or None where the model does
         something that it does not cover; then sweeps and generation go through hooks."""
@@ -141,6 +146,8 @@ class Model:
         *,
         logits: str | Bool[Tensor, "batch pos"] = "all",
         grad: bool = False,
+        out: str | os.PathLike[str] | None = None,
+        memory: float = 0.5,
     ) -> Run:
         """One forward pass: the only place where hooks are attached, and they are always gone afterwards.
 
@@ -151,6 +158,9 @@ class Model:
                 recorded is what flows on, after the interventions there.
             logits: "all", "last" (of each prompt, before any completion), "none", or a mask of the tokens wanted.
             grad: whether gradients can flow, to weights and to what interventions hold.
+            out: a file for the activations, as `Activations.save` writes it, which they are then memory-mapped from.
+            memory: share of the free memory that activations may take. Those that would take more are recorded a few
+                prompts at a time into a temporary file, or `out`, and one line says so. Not with `grad`.
 
         Raises:
             MechsteerError: prompts, interventions or sites do not fit the model, or an intervention never fires.
@@ -159,12 +169,17 @@ class Model:
         right = given.padded("right")
         sites = self.sites(record)
         read = _read(given, logits)
-        edits = fwd_hooks(tuple(interventions), self, right)
+        applied, index = tuple(interventions), torch.arange(len(given), device=read.device)
+        edits = fwd_hooks(applied, self, right)
+        if sites and not grad and (out is not None or offload.too_large(self, right, sites, memory)):
+            relaid = _relaid(read, given, right)
+            rows, activations = offload.recorded(self, given, applied, sites, relaid, out)
+            return Run(given, rows, read, activations, index)
         with torch.set_grad_enabled(grad):
             rows, taken = self.forward(right, edits, sites, read=_relaid(read, given, right))
-            values = {site: _relay(taken[site], site, right, given) for site in sites}
+            values = {site: offload.relay(taken[site], site, right, given) for site in sites}
         activations = Activations(values, prompts=given, model=self.id)
-        return Run(given, rows, read, activations, torch.arange(len(given), device=read.device))
+        return Run(given, rows, read, activations, index)
 
     def forward(
         self,
@@ -180,10 +195,11 @@ class Model:
             MechsteerError: the model does not run a hook point that is edited or recorded.
         """
         taken: dict[Site, Tensor] = {}
+        device = self.device  # where all that comes out is, whatever device a layer is on
 
         def recorder(site: Site) -> Callable[..., None]:
             def take(tensor: Float[Tensor, "..."], hook: Any) -> None:
-                taken[site] = tensor
+                taken[site] = tensor.to(device)
 
             return take
 
@@ -192,9 +208,9 @@ class Model:
         if not bool(read.any()) and all(site.layer is not None or site.order[0] < 0 for site in sites):
             stop = max((site.order[0] for site in sites), default=-1) + 1
         # In the padding anything may stand, also what is no id of this model.
-        tokens = right.tokens.masked_fill(~right.mask, 0).to(self.device)
+        tokens = right.tokens.masked_fill(~right.mask, 0).to(device)
         with backends.hooks(self.hooked, hooks):
-            rows = backends.logits_at(self.hooked, tokens, read.to(self.device), stop=stop)
+            rows = backends.logits_at(self.hooked, tokens, read.to(device), stop=stop)
         silent = [site.hook_name for site in sites if site not in taken]
         silent += never_fired(edits) if stop is None else []
         if silent:
@@ -373,6 +389,7 @@ class Model:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        backends.settle(self.hooked)
         self._id = backends.places(self.hooked), state["_id"]
 
     def __repr__(self) -> str:
@@ -406,6 +423,7 @@ def load_model(
     backend: str = "hooked_transformer",
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    n_devices: int = 1,
 ) -> Model:
     """Load a model with unprocessed weights, and check that its logits are those of transformers.
 
@@ -417,6 +435,9 @@ def load_model(
             transformers' own code and so covers more architectures.
         device: None means CUDA where there is one, else the CPU.
         dtype: of the weights. The check of the logits is made in fp32 and fp64.
+        n_devices: CUDA devices to spread the blocks over, for a model that one cannot hold: `device` and those that
+            follow it. Sweeps, generation and recordings run there as on one. Tested with devices that are made up,
+            not on real ones.
 
     Raises:
         ModelLoadError: with one line that says what is wrong with the name, folder or backend, and what to do.
@@ -424,7 +445,13 @@ def load_model(
     """
     backends.check_backend(backend)
     folder, name = _resolve(name_or_path)
-    loaded = backends.load_folder(folder, backend=backend, device=device, dtype=dtype)
+    size = memory.of_folder(folder, dtype)
+    if size is not None:
+        # transformers' model, and that of the backend, which a bridge shares.
+        need = memory.Memory({"weights": size} | ({} if backend == "bridge" else {"transformers' copy": size}))
+        need.announce(f"Loading {name}")
+        need.check(f"Loading {name}", [torch.device("cpu")], "Pass dtype=torch.bfloat16, or a smaller model.")
+    loaded = backends.load_folder(folder, backend=backend, device=device, dtype=dtype, n_devices=n_devices)
     return Model(loaded.hooked, tokenizer=loaded.tokenizer, name=name)
 
 
@@ -464,29 +491,3 @@ def _relaid(mask: Bool[Tensor, "batch pos"], source: Prompts, target: Prompts) -
     if source is target or source.padding_side == target.padding_side:
         return mask[:, : target.mask.shape[1]]
     return torch.zeros_like(target.mask).masked_scatter(target.mask, mask[source.mask])
-
-
-def _relay(
-    tensor: Float[Tensor, "batch ..."], site: Site, right: Prompts, given: Prompts
-) -> Float[Tensor, "batch ..."]:
-    """Activations of right-padded prompts in the layout of `given`, zero at padding.
-
-    Rows of padding hold what the model made of it, which would differ with the amount of padding.
-    """
-    dest_axis = 2 if site.axes[-1] == "src" else 1
-    if bool(right.mask.all()) and right.mask.shape == given.mask.shape:
-        return tensor
-    out = _relay_axis(tensor, dest_axis, right, given)
-    return _relay_axis(out, 3, right, given) if dest_axis == 2 else out
-
-
-def _relay_axis(
-    tensor: Float[Tensor, "batch ..."], axis: int, right: Prompts, given: Prompts
-) -> Float[Tensor, "batch ..."]:
-    index = given.positions.clamp(min=0)
-    shape = [index.shape[0], *[1] * (tensor.ndim - 1)]
-    shape[axis] = index.shape[1]
-    size = list(tensor.shape)
-    size[axis] = index.shape[1]
-    moved = tensor.gather(axis, index.view(shape).expand(size))
-    return torch.where(given.mask.view(shape), moved, 0)

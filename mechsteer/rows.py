@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsteer.errors import MechsteerError
+from mechsteer.precision import wide
 from mechsteer.prompts import ROLES, Prompts
 
 At = int | tuple[int, ...] | str | None
@@ -45,6 +46,12 @@ class Rows:
 
     def with_head(self, head: Int[Tensor, " row"] | None) -> "Rows":
         return replace(self, head=head)
+
+    def to(self, device: torch.device) -> "Rows":
+        """The same rows, known on another device."""
+        example, position, cell = (each.to(device) for each in (self.example, self.position, self.cell))
+        head = None if self.head is None else self.head.to(device)
+        return Rows(self.prompts.to(device), example, position, cell, head)
 
     @cached_property
     def _column(self) -> Int[Tensor, " row"]:
@@ -241,13 +248,14 @@ def stack_numbers(
 
     Args:
         numbers: per cell a float or a tensor [batch].
-        like: gives dtype and device.
+        like: gives device and dtype, of which fp32 is the least: an alpha in half precision has three digits.
     """
+    dtype = wide(like.dtype)
     if not any(isinstance(number, Tensor) for number in numbers):
         if len(set(numbers)) == 1:
             return lambda rows: numbers[0]
-        table = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+        table = torch.tensor(numbers, dtype=dtype, device=like.device)
         return lambda rows: table[rows.cell]
     batch = max(number.numel() for number in numbers if isinstance(number, Tensor))
-    table = torch.stack([torch.as_tensor(number).to(like).expand(batch) for number in numbers])
+    table = torch.stack([torch.as_tensor(number).to(like.device, dtype).expand(batch) for number in numbers])
     return lambda rows: table[rows.cell, rows.example if batch > 1 else 0]

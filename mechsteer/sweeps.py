@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from mechsteer.batches import Batch, BatchSize, Grid, is_out_of_memory, run_here
+from mechsteer.costs import ROWS
 from mechsteer.engine import Cell, Engine, Work
 from mechsteer.errors import MechsteerError
 from mechsteer.executors import Executor, Failure, executor_of
@@ -27,8 +28,6 @@ from mechsteer.result import Result, provenance
 from mechsteer.store import ShardWriter, Store, Values
 
 Measure = Objective | Mapping[str, Objective] | Sequence[Objective]
-# Rows that the first batch of cells has.
-_ROWS = {"cpu": 1024, "cuda": 16384}
 
 
 def sweep(
@@ -104,8 +103,9 @@ def sweep(
         np.float64 if model.dtype == torch.float64 else np.float32,
         lambda: _identity(model, right, values, measures, cells),
     )
-    size = BatchSize(rows or _ROWS.get(model.device.type, _ROWS["cuda"]), fixed=rows is not None)
+    size = BatchSize(rows or ROWS.get(model.device.type, ROWS["cuda"]), fixed=rows is not None)
     with executor_of(executor) as chosen, bar("cells", store.done.size, show=progress) as shown:
+        grid.memory(size.rows).announce("Sweep" if chosen is None else "Each worker of the sweep", show=progress)
         shown.advance(int(store.done.sum()))
         if chosen is None:
             run_here(grid, store, size, shown)
@@ -142,6 +142,7 @@ class SweepWork:
     def bind(self, model: Model) -> Callable[[Batch], tuple[list[Values], Work]]:
         """What computes a batch: its values, in halves where memory runs out, and the operations that took."""
         grid = Grid(Engine(model, model.prompts(self.prompts), self.measures), self.cells)
+        grid.check_memory()
 
         def compute(batch: Batch) -> list[Values]:
             try:

@@ -12,6 +12,7 @@ from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
 from mechsteer.objectives import TokenSet
 from mechsteer.objectives.base import one_of
+from mechsteer.precision import precise, wide
 from mechsteer.prompts import Prompts
 from mechsteer.rendering import PREFIX, USER
 from mechsteer.site import Site
@@ -109,16 +110,16 @@ def filling(table: Float[Tensor, "d_vocab d_model"], filler: Filler) -> Float[Te
         MechsteerError: it has another width than the model, or is no id of it.
     """
     if filler is None:
-        return table.mean(0)
+        return table.mean(0, dtype=wide(table.dtype))
     if isinstance(filler, Tensor):
         if filler.shape != table.shape[1:]:
             raise MechsteerError(
                 f"filler has shape {list(filler.shape)}, but d_model is {table.shape[1]}. Pass one embedding [d_model]."
             )
-        return filler.detach().to(table)
+        return filler.detach().to(table.device, wide(table.dtype))
     if not 0 <= filler < len(table):
         raise MechsteerError(f"filler={filler} is no id: the vocabulary has ids from 0 to {len(table) - 1}.")
-    return table[filler]
+    return precise(table[filler])
 
 
 def check_ids(model: Model, ids: Sequence[int]) -> None:

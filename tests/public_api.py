@@ -15,6 +15,7 @@ PACKAGES = (
     "mechsteer.judges",
     "mechsteer.objectives",
     "mechsteer.patching",
+    "mechsteer.plan",
     "mechsteer.plots",
     "mechsteer.prefix",
     "mechsteer.propagator",

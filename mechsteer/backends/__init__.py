@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsteer.errors import ModelLoadError
+from mechsteer.precision import wide
 
 if TYPE_CHECKING:
     from transformer_lens import HookedTransformer
@@ -124,7 +125,9 @@ def logits_at(
     # A bridge runs all layers: transformers owns its loop over them.
     some = {} if stop is None or backend_of(hooked) == "bridge" else {"stop_at_layer": stop}
     out = hooked(tokens, attention_mask=everything, **some)
-    return out[read] if stop is None else torch.empty(0, hooked.cfg.d_vocab, device=tokens.device)
+    if stop is not None:
+        return torch.empty(0, hooked.cfg.d_vocab, device=tokens.device)
+    return out[read.to(out.device)].to(tokens.device)
 
 
 def places(hooked: Any) -> tuple[Any, ...]:
@@ -132,13 +135,35 @@ def places(hooked: Any) -> tuple[Any, ...]:
     return tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in hooked.parameters())
 
 
+def settle(hooked: Any) -> None:
+    """Let a model that came from another process run where its weights arrived.
+
+    TransformerLens goes by its config, which names devices of the other process; blocks on several are put on them in
+    its order.
+    """
+    found = sorted({each.device for each in hooked.parameters()}, key=lambda device: device.index or 0)
+    if len(found) == 1:
+        hooked.cfg.device, hooked.cfg.n_devices = str(found[0]), 1
+    elif backend_of(hooked) == "hooked_transformer":
+        from mechsteer.backends.hooked_transformer import spread
+
+        spread(hooked, found[0], len(found))
+
+
 def fingerprint(hooked: Any) -> tuple[Any, ...]:
     """Changes whenever a weight does, also where it was edited through `.data`; reads all weights once."""
-    parameters = list(hooked.parameters())
-    with torch.no_grad():
-        # One call for all of them: as fast as memory is read.
-        norms = torch.stack([norm.float() for norm in torch._foreach_norm(parameters)])  # pyright: ignore
-    return (*norms.cpu().tolist(), places(hooked))
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for parameter in hooked.parameters():
+        by_device.setdefault(parameter.device, []).append(parameter)
+    values: list[float] = []
+    for parameters in by_device.values():
+        with torch.no_grad():
+            # One call for all of them: as fast as memory is read. In fp32, because a norm in half precision has three
+            # digits, and most edits would not show.
+            options = {} if all(wide(each.dtype) == each.dtype for each in parameters) else {"dtype": torch.float32}
+            norms = torch._foreach_norm(parameters, **options)  # pyright: ignore
+            values += torch.stack([norm.float() for norm in norms]).tolist()
+    return (*values, places(hooked))
 
 
 def weights_hash(hooked: Any) -> str:
@@ -182,9 +207,8 @@ def build_decoder(hooked: Any) -> Any:
     with torch.no_grad():
         expected = hooked(tokens, attention_mask=torch.ones_like(tokens))[0]
         got = built.whole(tokens)[0]
-    wide = hooked.cfg.dtype in (torch.float32, torch.float64) if hasattr(hooked.cfg, "dtype") else True
-    tolerance = (1e-4 if wide else 5e-2) * max(1.0, float(expected.abs().max()))
-    worst = float((got - expected).abs().max())
+    tolerance = (1e-4 if wide(got.dtype) == got.dtype else 5e-2) * max(1.0, float(expected.abs().max()))
+    worst = float((got.to(expected.device) - expected).abs().max())
     if not worst <= tolerance:
         warnings.warn(
             f"mechsteer's packed forward pass differs by {worst:.2g} from that of {hooked.cfg.model_name} and is not "
@@ -203,7 +227,16 @@ def hub_folder(name: str, *, shipped: tuple[str, ...] = ()) -> Path:
     return huggingface.hub_folder(name, shipped=shipped)
 
 
-def load_folder(folder: Path, *, backend: str, device: str | torch.device | None, dtype: torch.dtype) -> Loaded:
+def hub_config(name: str) -> dict[str, Any]:
+    """The config of a hub model; see `mechsteer.backends.huggingface.hub_config`."""
+    from mechsteer.backends import huggingface
+
+    return huggingface.hub_config(name)
+
+
+def load_folder(
+    folder: Path, *, backend: str, device: str | torch.device | None, dtype: torch.dtype, n_devices: int = 1
+) -> Loaded:
     """Load a Hugging Face folder with unprocessed weights, and check its logits against transformers' own.
 
     Args:
@@ -211,15 +244,18 @@ def load_folder(folder: Path, *, backend: str, device: str | torch.device | None
         backend: one of `BACKENDS`.
         device: None means CUDA where there is one, else the CPU.
         dtype: of the weights.
+        n_devices: CUDA devices to spread the blocks over; see `mechsteer.backends.hooked_transformer.spread`.
 
     Raises:
-        ModelLoadError: the folder is incomplete or damaged, or the backend cannot compute this model exactly.
+        ModelLoadError: the folder is incomplete or damaged, the backend cannot compute this model exactly, or there are
+            fewer devices.
     """
     check_backend(backend)
     _import_transformer_lens()
     from mechsteer.backends import huggingface
 
     target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    _check_devices(n_devices, target, backend)
     source = huggingface.read_folder(folder, dtype=dtype)
     tokens = huggingface.probe_tokens(source.model.config)
     expected = huggingface.logits(source.model, tokens)
@@ -227,11 +263,30 @@ def load_folder(folder: Path, *, backend: str, device: str | torch.device | None
         from mechsteer.backends.bridge import from_huggingface
     else:
         from mechsteer.backends.hooked_transformer import from_huggingface
-    hooked = from_huggingface(source, device=target, dtype=dtype)
+    several = {} if n_devices == 1 else {"n_devices": n_devices}
+    hooked = from_huggingface(source, device=target, dtype=dtype, **several)
     with torch.no_grad():
         got = hooked(tokens.to(target))
     huggingface.check_logits(folder, backend=backend, got=got, expected=expected)
     return Loaded(hooked, source.tokenizer)
+
+
+def _check_devices(n_devices: int, device: torch.device, backend: str) -> None:
+    if n_devices == 1:
+        return
+    if n_devices < 1:
+        raise ModelLoadError(f"n_devices={n_devices} is no number of devices. Pass 1 or more.")
+    if backend == "bridge":
+        raise ModelLoadError(
+            f"n_devices={n_devices} goes with backend='hooked_transformer'. transformers spreads a bridge: load it "
+            f"with TransformerBridge.boot_transformers(name, n_devices={n_devices}) and pass it to Model."
+        )
+    first = device.index or 0
+    if device.type != "cuda" or first + n_devices > torch.cuda.device_count():
+        raise ModelLoadError(
+            f"n_devices={n_devices} from {device} on needs as many CUDA devices, and there are "
+            f"{torch.cuda.device_count()}. Pass fewer, or n_devices=1 for {device.type!r}."
+        )
 
 
 def _import_transformer_lens() -> None:

@@ -66,6 +66,8 @@ def hooked_twin(bridge: Any) -> Any:
     from mechsteer.backends import hooked_transformer
 
     weight = next(bridge.parameters())
+    if len({each.device for each in bridge.parameters()}) > 1:
+        return None  # its copy might fit on no device alone
     try:
         source = _source(bridge)
         if source is None:

@@ -6,7 +6,8 @@ on rows, each of which is one token of one item. Every result is compared with T
 it is used (`mechsteer.model`), and architectures that are not covered take the hooks.
 
 The weights are contiguous copies in the order that a matrix product wants: TransformerLens rearranges its own on every
-forward pass.
+forward pass. Each layer's stay on the device where the model has them. Rows come from the device of the embeddings, go
+from one to the next where the layers' devices differ, and return to it, with all that is captured on the way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from mechsteer.backends.layers import Layer, Linear, Norm, Rotation
 from mechsteer.backends.packing import Bucket, Layout, Pack, whole_pack
+from mechsteer.costs import Dims, pass_flops
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
 from mechsteer.site import Site
@@ -54,13 +56,12 @@ class Cache:
 
     @staticmethod
     def empty(decoder: "Decoder", n_examples: int, n_pos: int) -> "Cache":
-        """A cache with room for `n_pos` positions."""
-        like = decoder.W_E
+        """A cache with room for `n_pos` positions, on each layer's device."""
         # In memory by position: what a token has in all heads is written, and copied for many cells, in one piece.
         shape = (n_examples, n_pos, decoder.n_kv_heads, decoder.d_head)
 
         def make() -> list[Tensor]:
-            return [like.new_zeros(shape).transpose(1, 2) for _ in decoder.layers]
+            return [layer.qkv.w.new_zeros(shape).transpose(1, 2) for layer in decoder.layers]
 
         return Cache(make(), make())
 
@@ -105,7 +106,7 @@ class Decoder:
         self.logit_cap = float(cfg.output_logits_soft_cap or 0)
         self.gated = bool(cfg.gated_mlp)
         self.act = _ACTIVATIONS[cfg.act_fn]
-        self.rotation = Rotation(cfg, hooked.W_E.device)
+        self.rotation = Rotation(cfg)
         with torch.no_grad():
             self.W_E = hooked.embed.W_E.detach().clone()
             self.W_pos = (
@@ -116,7 +117,12 @@ class Decoder:
             self.ln_final = Norm.of(hooked.ln_final)
             self.unembed = Linear.of(hooked.unembed.W_U, hooked.unembed.b_U)
         self.d_vocab = self.unembed.w.shape[1]
-        self.unembed_flops = 2 * self.unembed.w.numel()
+        d_model, d_mlp = self.W_E.shape[1], self.layers[0].mlp_out.w.shape[0]
+        # What its cost is computed from, here and in plans of models that are not loaded.
+        self.dims = Dims(
+            self.n_layers, d_model, self.n_heads, self.n_kv_heads, self.d_head, d_mlp, self.d_vocab, self.gated
+        )
+        self.unembed_flops = self.dims.unembed_flops
 
     @staticmethod
     def of(hooked: Any) -> "Decoder | None":
@@ -148,7 +154,7 @@ class Decoder:
 
     def logits(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
         """Final norm and unembedding of rows."""
-        out = self.unembed(self.ln_final(x))
+        out = self.unembed(self.ln_final(x.to(self.unembed.w.device))).to(x.device)
         return torch.tanh(out / self.logit_cap) * self.logit_cap if self.logit_cap > 0 else out
 
     def whole(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
@@ -190,15 +196,17 @@ class Decoder:
         Returns:
             `resid_post` of layer `stop - 1`: at the rows of `pack.last` where that is the last layer, else at all.
         """
-        edits, capture = edits or {}, capture or Capture()
+        edits, capture, home = edits or {}, capture or Capture(), x.device
         for index in range(first, stop):
-            layer, mid = self.layers[index], x
+            layer = self.layers[index]
+            x, pack = x.to(layer.device), pack.to(layer.device)
+            mid = x
             final = index == self.n_layers - 1
             queries = pack.last if final else pack.all
             if not (from_mlp and index == first):
                 x = _tap("resid_pre", index, x, pack.all, edits, capture)
                 if keep:
-                    keep(index, "resid_pre", x)
+                    keep(index, "resid_pre", x.to(home))
                 same = alike if index == first else None
                 attn_out = self._attention(layer, index, x, pack, queries, same, past, own, edits, capture)
                 if layer.ln1_post is not None:
@@ -211,7 +219,7 @@ class Decoder:
                 mid = x[pack.last_index]
             mid = _tap("resid_mid", index, mid, queries, edits, capture)
             if keep:
-                keep(index, "resid_mid", mid)
+                keep(index, "resid_mid", mid.to(home))
             x = _tap(
                 "resid_post",
                 index,
@@ -220,32 +228,19 @@ class Decoder:
                 edits,
                 capture,
             )
-        return x
+        return x.to(home)
 
     # ---- what it costs ----
 
-    def _layer_flops(self, index: int, rows: int, queries: int, pairs: float, from_mlp: bool) -> float:
-        """Operations of a layer: `rows` give keys and values, `queries` all else; `pairs` of query and key."""
-        layer = self.layers[index]
-        mlp = 2.0 * queries * (layer.mlp_in.w.numel() + layer.mlp_out.w.numel())
-        if from_mlp:
-            return mlp
-        d_model, kv = layer.qkv.w.shape[0], 2 * self.n_kv_heads * self.d_head
-        project = 2.0 * rows * d_model * kv + 4.0 * queries * d_model * self.n_heads * self.d_head
-        return mlp + project + 4.0 * pairs * self.n_heads * self.d_head
+    def flops(
+        self, pack: Pack, *, first: int, from_mlp: bool = False, own: bool = False, backward: bool = False
+    ) -> float:
+        """Floating-point operations that `blocks` does, padding of the attention included.
 
-    def flops(self, pack: Pack, *, first: int, from_mlp: bool = False, own: bool = False) -> float:
-        """Floating-point operations that `blocks` does, padding of the attention included."""
-        total = 0.0
-        for index in range(first, self.n_layers):
-            queries = pack.last if index == self.n_layers - 1 else pack.all
-            if pack.sparse and not own:
-                pairs = float(queries.n_items * queries.width * (pack.n_past + pack.all.width))
-            else:
-                pairs = float(sum(each.n_items * each.width for each in pack.buckets(queries)) * pack.n_keys)
-            rows, asked = pack.all.item.shape[0], queries.item.shape[0]
-            total += self._layer_flops(index, rows, asked, pairs, from_mlp and index == first)
-        return total
+        Args:
+            backward: those of the gradient with respect to what entered, too.
+        """
+        return pass_flops(self.dims, pack.counts(own=own), first=first, from_mlp=from_mlp, backward=backward)
 
     def least_flops(
         self,
@@ -265,7 +260,8 @@ class Decoder:
         total = float(asked * self.unembed_flops)
         for index in range(first, self.n_layers):
             last = index == self.n_layers - 1
-            total += self._layer_flops(index, rows, asked if last else rows, pairs[last], from_mlp and index == first)
+            mlp_only = from_mlp and index == first
+            total += self.dims.layer_flops(rows, asked if last else rows, pairs[last], from_mlp=mlp_only)
         return total
 
     def _mlp(
@@ -331,10 +327,11 @@ class Decoder:
         tapped = any((kind, index) in edits or (kind, index) in capture.wanted for kind in "qkv")
         whole = queries is pack.all
         if alike is not None and whole and not tapped:
-            qkv = layer.qkv(layer.ln1(x[alike.first])).view(-1, n_q + 2 * n_kv, d)
-            turn = None if layer.turns is None else layer.turns[pack.all.rows.position[alike.first]]
+            first, kind = alike.first.to(x.device), alike.kind.to(x.device)
+            qkv = layer.qkv(layer.ln1(x[first])).view(-1, n_q + 2 * n_kv, d)
+            turn = None if layer.turns is None else layer.turns[pack.all.rows.position[first]]
             q, k = self._turned(layer, qkv[:, :n_q], qkv[:, n_q : n_q + n_kv], turn, turn)
-            return q[alike.kind], k[alike.kind], qkv[alike.kind, n_q + n_kv :]
+            return q[kind], k[kind], qkv[kind, n_q + n_kv :]
         normal = layer.ln1(x)
         if whole:
             q, k, v = layer.qkv(normal).view(-1, n_q + 2 * n_kv, d).split([n_q, n_kv, n_kv], 1)
@@ -459,9 +456,11 @@ class Decoder:
 def _tap(
     kind: str, layer: int, x: Float[Tensor, "row *feature"], layout: Layout, edits: Edits, capture: Capture
 ) -> Float[Tensor, "row *feature"]:
-    """What flows on from a site: after its edits; taken where it is wanted."""
+    """What flows on from a site: after its edits; taken where it is wanted, to where the rows come from."""
     for edit in edits.get((kind, layer), ()):
         x = edit(x, layout.rows)
     if (kind, layer) in capture.wanted:
-        capture.taken[kind, layer] = (x, layout)
+        taken = x.to(layout.home.index.device)
+        capture.taken[kind, layer] = (taken, layout.home)
+        x = taken.to(x.device)  # so that what is taken is in the graph of what follows
     return x

@@ -40,8 +40,12 @@ class _LacksError(Exception):
     """A setting that `HookedTransformer` cannot express; the message names it."""
 
 
-def from_huggingface(source: "Source", *, device: torch.device, dtype: torch.dtype) -> "HookedTransformer":
+def from_huggingface(
+    source: "Source", *, device: torch.device, dtype: torch.dtype, n_devices: int = 1
+) -> "HookedTransformer":
     """Build a `HookedTransformer` with unprocessed weights (nothing folded, nothing centred).
+
+    On several devices it is built on the CPU, and its parts are moved to their devices at the end; see `spread`.
 
     Raises:
         ModelLoadError: `HookedTransformer` lacks something that this model uses; the message names it.
@@ -50,7 +54,7 @@ def from_huggingface(source: "Source", *, device: torch.device, dtype: torch.dty
 
     model_type = source.model.config.model_type
     try:
-        cfg = _build_config(source, device=device, dtype=dtype)
+        cfg = _build_config(source, device=torch.device("cpu") if n_devices > 1 else device, dtype=dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
             # A copy, because TransformerLens sets padding and special tokens on the one it is given.
@@ -72,7 +76,30 @@ def from_huggingface(source: "Source", *, device: torch.device, dtype: torch.dty
             else f"HookedTransformer of TransformerLens cannot load {source.folder} ({model_type}): {reason}. "
             "Try backend='bridge', which runs transformers' own code."
         ) from error
-    return hooked.eval()
+    return spread(hooked.eval(), device, n_devices) if n_devices > 1 else hooked.eval()
+
+
+def spread(hooked: Any, device: torch.device, n_devices: int) -> Any:
+    """Put a model's blocks on several devices, as TransformerLens's forward pass expects them.
+
+    It hands the residual stream to `get_device_for_block_index` before each block: equal runs of blocks, the first with
+    the embeddings, the last with the final norm and the unembedding. `HookedTransformer`'s own
+    `move_model_modules_to_device` puts each part where most memory is free instead, and its norms and its unembedding
+    then meet a stream on another device.
+
+    The tests run this on devices that are made up; it was not run on real ones.
+    """
+    from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+
+    hooked.cfg.device, hooked.cfg.n_devices = str(device), n_devices
+    places = [get_device_for_block_index(index, hooked.cfg) for index in range(hooked.cfg.n_layers)]
+    first, last = [hooked.embed], [hooked.unembed]
+    first += [hooked.pos_embed] if hasattr(hooked, "pos_embed") else []
+    last += [hooked.ln_final] if hasattr(hooked, "ln_final") else []
+    parts = [*((part, places[0]) for part in first), *zip(hooked.blocks, places, strict=True)]
+    for part, place in [*parts, *((part, places[-1]) for part in last)]:
+        torch.nn.Module.to(part, place)
+    return hooked
 
 
 def layout(
@@ -109,8 +136,9 @@ def is_processed(hooked: Any) -> bool:
     if str(hooked.cfg.normalization_type).endswith("Pre"):
         return True
     unembed = hooked.unembed.W_U.detach().float()  # [d_model, d_vocab]
-    # A trained unembedding has row means far above rounding; a centred one has none.
-    return bool(unembed.mean(dim=-1).abs().max() < 1e-6 * unembed.abs().max())
+    # A trained unembedding has row means far above rounding; a centred one has none, but for that of its own numbers.
+    rounding = max(1e-6, torch.finfo(hooked.unembed.W_U.dtype).eps / unembed.shape[1] ** 0.5)
+    return bool(unembed.mean(dim=-1).abs().max() < rounding * unembed.abs().max())
 
 
 def _build_config(source: "Source", *, device: torch.device, dtype: torch.dtype) -> "HookedTransformerConfig":

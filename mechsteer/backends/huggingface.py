@@ -63,6 +63,25 @@ def hub_folder(name: str, *, shipped: tuple[str, ...] = ()) -> Path:
         ) from error
 
 
+def hub_config(name: str) -> dict[str, Any]:
+    """The config of a hub model, from the local cache or the network, without its weights.
+
+    Raises:
+        ModelLoadError: it is in neither, or transformers does not understand it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        with quietly():
+            return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
+    except Exception as error:  # the hub client and transformers raise a dozen unrelated types
+        raise ModelLoadError(
+            f"{name!r} is no folder, and its config is neither in the local Hugging Face cache nor to be had "
+            f"({_first_line(error)}). Connect to the network, pass a folder with a config.json, or numbers such as "
+            "layers=26,d_model=2304,heads=8,vocab=256000."
+        ) from error
+
+
 def read_folder(
     folder: Path, *, dtype: torch.dtype, attention: str = "eager", auto: str = "AutoModelForCausalLM"
 ) -> Source:

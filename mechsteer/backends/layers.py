@@ -22,6 +22,8 @@ class Norm:
     def of(module: Any, order: Int[Tensor, " d"] | None = None) -> "Norm":
         """TransformerLens's norm; `order` of its dimensions."""
         parts = [getattr(module, name, None) for name in ("w", "b")]
+        if order is not None:
+            order = order.to(module.w.device)
         w, b = (None if x is None else x.detach().clone() if order is None else x.detach()[order] for x in parts)
         return Norm(w, b, float(module.eps), type(module).__name__.startswith("RMS"))
 
@@ -82,37 +84,36 @@ class Rotation:
         order: of a head's dimensions as they are kept; None for the model's own.
     """
 
-    def __init__(self, cfg: Any, device: torch.device) -> None:
+    def __init__(self, cfg: Any) -> None:
         self.dim, self.d_head = cfg.rotary_dim, cfg.d_head
         self.order: Tensor | None = None
         self._back: Tensor | None = None
         self._tables: dict[Any, Tensor] = {}
-        self._device = device
         self._part = slice(None, None, 2)  # of the tables: both of a pair have the same angle
         if cfg.positional_embedding_type == "rotary" and not cfg.rotary_adjacent_pairs:
-            dims = torch.arange(self.d_head, device=device)
+            dims = torch.arange(self.d_head)
             self.order = torch.cat([dims[: self.dim].view(2, -1).T.flatten(), dims[self.dim :]])
             self._back = self.order.argsort()
             self._part = slice(self.dim // 2)
 
     def pair(self, x: Float[Tensor, "*shape d_head"]) -> Float[Tensor, "*shape d_head"]:
         """From the model's order of a head's dimensions to the one kept here."""
-        return x if self.order is None else x[..., self.order]
+        return x if self.order is None else x[..., self.order.to(x.device)]
 
     def unpair(self, x: Float[Tensor, "*shape d_head"]) -> Float[Tensor, "*shape d_head"]:
         """And back."""
-        return x if self._back is None else x[..., self._back]
+        return x if self._back is None else x[..., self._back.to(x.device)]
 
-    def table(self, attn: Any) -> Float[Tensor, "pos pair 2"] | Complex[Tensor, "pos pair"]:
+    def table(self, attn: Any, device: torch.device) -> Float[Tensor, "pos pair 2"] | Complex[Tensor, "pos pair"]:
         """cos + i sin of all positions of the context, as two reals where there are no complex numbers of this kind.
 
-        Layers of one kind share theirs.
+        Layers of one kind on one device share theirs.
         """
         base = float(attn._rotary_base())
-        key = (base, attn.attn_type)
+        key = (base, attn.attn_type, device)
         if key not in self._tables:
-            sin, cos = (table[:, self._part].to(self._device).contiguous() for table in _whole_tables(attn, base))
-            real = sin.dtype not in (torch.float32, torch.float64) or self._device.type == "mps"
+            sin, cos = (table[:, self._part].to(device).contiguous() for table in _whole_tables(attn, base))
+            real = sin.dtype not in (torch.float32, torch.float64) or device.type == "mps"
             self._tables[key] = torch.stack([cos, sin], -1) if real else torch.complex(cos, sin)
         return self._tables[key]
 
@@ -176,8 +177,13 @@ class Layer:
             ln2_post=Norm.of(block.ln2_post) if hasattr(block, "ln2_post") else None,
             scale=1.0 / float(attn.attn_scale),
             window=int(attn.cfg.window_size) if attn.attn_type == "local" else None,
-            turns=rotation.table(attn) if rotary else None,
+            turns=rotation.table(attn, qkv.device) if rotary else None,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.qkv.w.device
 
 
 def _whole_tables(attn: Any, base: float) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Which tokens a packed forward pass computes, and how they stand as rows and as rectangles."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from mechsteer.costs import BUCKETS, Counts, ragged, way_of
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
 
@@ -21,6 +23,19 @@ class Layout:
         self.dense = rows.position.shape[0] == n_items * width
         self.index = item * width + slot
         self.item = item
+        self._home: Layout | None = None
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same layout, known on another device."""
+        moved = copy.copy(self)
+        moved.rows, moved.index, moved.item = self.rows.to(device), self.index.to(device), self.item.to(device)
+        moved._home = self.home
+        return moved
+
+    @property
+    def home(self) -> "Layout":
+        """The layout that this one was moved from."""
+        return self if self._home is None else self._home
 
     def pad(self, x: Float[Tensor, "row *feature"]) -> Float[Tensor, "item width *feature"]:
         """Rows as the rectangle, zero where there is none."""
@@ -92,23 +107,51 @@ class Pack:
                 self.last_index = keep
         self.n_past = int(start.max())
         self.n_keys = int(stop.max())
-        # Recomputing few of many positions, cells share the clean keys; else each gets its own copy of all keys.
-        self.sparse = 4 * item.shape[0] < n_items * self.n_keys
-        # Clean keys first and own ones behind them: a copy in two pieces, if that adds few keys that nobody sees.
-        self.joined = self.n_past > 0 and 5 * (self.n_past + width) <= 6 * self.n_keys
+        way = way_of(item.shape[0], n_items, width, self.n_past, self.n_keys)
+        self.sparse, self.joined = way == "split", way == "joined"
         self._memo: dict[Any, Any] = {}
+
+    def to(self, device: torch.device) -> "Pack":
+        """The same tokens, known on another device; kept, because all layers there ask."""
+        if self.start.device == device:
+            return self
+        key = ("to", device)
+        if key not in self._memo:
+            moved = copy.copy(self)
+            moved._memo = {}
+            moved.start, moved.group_of_row = self.start.to(device), self.group_of_row.to(device)
+            moved.all = moved.last = self.all.to(device)
+            if self.last_index is not None:
+                moved.last, moved.last_index = self.last.to(device), self.last_index.to(device)
+            self._memo[key] = moved
+        return self._memo[key]
 
     def buckets(self, queries: Layout) -> "list[Bucket]":
         """The items in groups of like width, so that little of the attention is padding."""
         key = ("buckets", queries is self.last)
         if key not in self._memo:
             n_items, rows = self.all.n_items, queries.item.shape[0]
-            wide = n_items * queries.width > 1.3 * rows and n_items >= 8 and queries.width >= 8
+            wide = ragged(n_items, queries.width, rows)
             counts = torch.zeros(n_items, dtype=torch.long, device=self.start.device)
             counts = counts.index_add(0, queries.item, torch.ones_like(queries.item))
-            groups = counts.argsort(descending=True, stable=True).chunk(4) if wide else [None]
+            groups = counts.argsort(descending=True, stable=True).chunk(BUCKETS) if wide else [None]
             self._memo[key] = [Bucket(self, queries, items) for items in groups]
         return self._memo[key]
+
+    def counts(self, *, own: bool = False) -> Counts:
+        """How many tokens are computed, and how; where `own`, with a cache that the rows' own keys are written to."""
+        way = "own" if own else "split" if self.sparse else "joined" if self.joined else "copied"
+        keys = self.n_past + self.all.width if way in ("split", "joined") else self.n_keys
+
+        def pairs(queries: Layout) -> float:
+            if way == "split":
+                return float(queries.n_items * queries.width * keys)
+            return float(sum(each.n_items * each.width for each in self.buckets(queries)) * keys)
+
+        return Counts(
+            self.all.n_items, self.all.item.shape[0], self.last.item.shape[0], self.all.width, self.last.width,
+            self.n_past, self.n_keys, way, pairs(self.all), pairs(self.last),
+        )  # fmt: skip
 
     def split_mask(self, queries: Layout, window: int | None, dtype: torch.dtype) -> Float[Tensor, "..."] | None:
         """What to add to scores of each query with (clean keys before the item's start, its own keys): 0 or -inf.

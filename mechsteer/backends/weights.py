@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mechsteer.backends import Hooked, backend_of, hooks
 from mechsteer.errors import MechsteerError
+from mechsteer.precision import precise
 from mechsteer.site import Site
 
 RANK_KINDS = ("mlp_post", "mlp_out", "z", "attn_out")
@@ -173,13 +174,14 @@ def rank_hooks(
     kept: list[Tensor] = []
 
     def push(x: Tensor) -> Tensor:
+        x = precise(x)
         return (x @ reads.to(x).T) @ writes.to(x)
 
     def take(tensor: Tensor, hook: Any) -> None:
         kept[:] = [tensor if head is None else tensor[:, :, head]]
 
     def add(tensor: Tensor, hook: Any) -> Tensor:
-        return tensor + push(kept.pop() if kept else tensor).to(tensor)
+        return (tensor + push(kept.pop() if kept else tensor).to(tensor.device)).to(tensor.dtype)
 
     taken = [] if kind == out.kind else [(Site(kind, layer).hook_name, take)]
     return [*taken, (out.hook_name, add)]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from mechsteer.cli import features, models, patch, pocket, prefix, strength, study, terminal, travel, vector
+from mechsteer.cli import features, models, patch, plan, pocket, prefix, strength, study, terminal, travel, vector
 from mechsteer.cli.options import CHAPTERS, epilog, expanded
 from mechsteer.errors import MechsteerError
 
@@ -48,6 +48,7 @@ app.command(epilog=prefix.EPILOG)(expanded(prefix.prefix))
 app.command(epilog=features.EPILOG)(expanded(features.features))
 app.command(epilog=vector.EPILOG)(expanded(vector.vector))
 app.command(epilog=models.EPILOG)(expanded(models.models))
+app.add_typer(plan.app, name="plan")
 app.add_typer(pocket.app, name="pocket")
 
 

@@ -101,6 +101,7 @@ def _prefixes() -> list[str]:
 
 complete_models = _completing(_models)
 complete_kinds = _completing(_kinds, several=True)
+complete_kind = _completing(_kinds)
 complete_chapters = _completing(lambda: CHAPTERS, several=True)
 complete_concepts = _completing(concept_names)
 complete_topics = _completing(topic_names)
@@ -128,6 +129,11 @@ Device = Annotated[
     typer.Option(help='"cpu", "cuda", ... Default: CUDA where there is one.', autocompletion=one_of("cpu", "cuda")),
 ]
 Dtype = Annotated[str, typer.Option(help='Of the weights: "float32", "bfloat16", ...', autocompletion=one_of(*DTYPES))]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the completions.")]
+Chapters = Annotated[
+    str | None,
+    typer.Option(help=f"Some of {', '.join(CHAPTERS)}. Default: all.", autocompletion=complete_chapters),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell nothing on the way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on standard output.")]
 
@@ -143,7 +149,7 @@ class Question:
     requests: Annotated[
         Path | None, typer.Option(help="A .txt file with one request a line, or a .jsonl file. Default: shipped ones.")
     ] = None
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the completions.")] = 40
+    max_new_tokens: MaxNewTokens = 40
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,7 @@ def study(
         str | None, typer.Option(help="A prefix of as many tokens to compare with. Default: a neutral filler.")
     ] = None,
     words: options.Words = "",
-    chapters: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Some of {', '.join(options.CHAPTERS)}. Default: all.", autocompletion=options.complete_chapters
-        ),
-    ] = None,
+    chapters: options.Chapters = None,
     *,
     question: options.Question,
     running: options.Running,

@@ -18,6 +18,7 @@ from mechsteer import markup
 from mechsteer.activations import ModelId, at_hand
 from mechsteer.errors import MechsteerError
 from mechsteer.files import open_tensors, save_tensors, stamp
+from mechsteer.precision import precise, wide
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, as_json, provenance
 from mechsteer.site import Site
@@ -93,7 +94,7 @@ class Direction:
     @property
     def norm(self) -> float:
         """Length of the vector."""
-        return float(torch.linalg.vector_norm(self.vector))
+        return float(torch.linalg.vector_norm(precise(self.vector)))
 
     @property
     def unit(self) -> "Direction":
@@ -106,10 +107,10 @@ class Direction:
             raise MechsteerError(
                 f"Direction at {self.site} is zero, so it has no unit vector. Check what it was made of."
             )
-        return self._derived(self.vectors / self.norm, "unit", norm=self.norm)
+        return self._derived(precise(self.vectors) / self.norm, "unit", norm=self.norm)
 
     def __mul__(self, factor: float | int) -> "Direction":
-        return self._derived(self.vectors * factor, "scaled", factor=float(factor))
+        return self._derived(precise(self.vectors) * factor, "scaled", factor=float(factor))
 
     __rmul__ = __mul__
 
@@ -121,7 +122,8 @@ class Direction:
 
     def __add__(self, other: "Direction") -> "Direction":
         _check_together([self, other])
-        vectors = self.vector + other.vector.to(self.vectors)
+        mine = precise(self.vector)
+        vectors = mine + other.vector.to(mine)
         origin = {"method": "sum", "of": [self.origin, other.origin]}
         return replace(self, vectors=vectors[None], model=self.model or other.model, origin=origin)
 
@@ -172,7 +174,7 @@ class Direction:
             )
         q, r = torch.linalg.qr(exact.T)
         basis = (q * r.diagonal().sign()).T  # the signs make the first row the first vector's own direction
-        return self._derived(basis.to(self.vectors), "orthonormal")
+        return self._derived(basis.to(wide(self.vectors.dtype)), "orthonormal")
 
     def to(self, target: torch.device | torch.dtype | str) -> "Direction":
         """The same direction on a device, or as another floating-point type."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mechsteer.directions.direction import Direction
 from mechsteer.errors import MechsteerError
+from mechsteer.precision import precise, wide
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.site import KINDS, Site, SiteLike
@@ -192,11 +193,11 @@ def from_unembedding(
     where = Site("resid_post", model.n_layers - 1) if site is None else Site.of(site)
     matrix, token_id = model.unembedding(), _token_id(model, token)
     origin: dict[str, Any] = {"method": "unembedding", "token": token, "id": token_id}
-    vector = matrix[:, token_id]
+    vector = precise(matrix[:, token_id])
     if minus is not None:
         other = _token_id(model, minus)
         origin |= {"minus": minus, "minus_id": other}
-        vector = vector - matrix[:, other]
+        vector = vector - precise(matrix[:, other])
     direction = Direction(vector.detach().clone()[None], where, model.id, origin)
     direction.check_fits(model)
     return direction
@@ -338,7 +339,7 @@ def _principal(
 
 def stored(vectors: Float[Tensor, "k d"], model: "Model") -> Float[Tensor, "k d"]:
     """Where the model is and in its type, but at least fp32: half precision would lose most of a small difference."""
-    return vectors.to(model.device, torch.promote_types(model.dtype, torch.float32))
+    return vectors.to(model.device, wide(model.dtype))
 
 
 def _words(tokens: Tokens) -> str:

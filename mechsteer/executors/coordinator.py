@@ -10,7 +10,7 @@ from ray.exceptions import RayError
 
 from mechsteer.errors import MechsteerError
 from mechsteer.executors.crew import LOG, Crew
-from mechsteer.executors.transport import share_tensors
+from mechsteer.executors.transport import Parcel, gpus_of, share_tensors
 from mechsteer.folders import Folder
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ class Coordinator:
         self._lock = threading.Lock()
 
     def start(
-        self, executor: "RayExecutor", model: Any, on_gpu: bool, work: "Work", items: Sequence[Any], folder: Folder
+        self, executor: "RayExecutor", model: Parcel, gpus: int, work: "Work", items: Sequence[Any], folder: Folder
     ) -> None:
         """Begin, unless it has begun."""
         with self._lock:
             if self._crew is not None:
                 return
             # Put again, from here: what the asking process has put goes when it goes.
-            self._crew = Crew(executor, [ray.put(model)], on_gpu)
+            self._crew = Crew(executor, [ray.put(model)], gpus)
         threading.Thread(target=self._run, args=(work, items, folder), daemon=True).start()
 
     def state(self) -> tuple[bool, bool]:
@@ -94,7 +94,7 @@ def follow(
                 coordinator, begun = _coordinator(name), False
             if not begun:
                 left = [item for item in items if item not in came]
-                ray.get(coordinator.start.remote(executor, model, model.device.type == "cuda", work, left, folder))
+                ray.get(coordinator.start.remote(executor, Parcel.of(model), gpus_of(model), work, left, folder))
             for item, outcome in _told(coordinator):
                 came.add(item)
                 yield item, outcome

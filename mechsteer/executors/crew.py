@@ -19,7 +19,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from mechsteer.errors import MechsteerError
 from mechsteer.executors.base import Failure
-from mechsteer.executors.transport import share_tensors
+from mechsteer.executors.transport import Parcel, gpus_of, share_tensors
 from mechsteer.folders import Folder
 
 if TYPE_CHECKING:
@@ -65,12 +65,13 @@ class DiskFull(Exception):
 class Worker:
     """Holds a model on one machine, and computes items. An actor: one process."""
 
-    def __init__(self, model: Any, device: str, threads: int, environment: dict[str, str]) -> None:
+    def __init__(self, parcel: Parcel, device: str, threads: int, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         import torch
 
         torch.set_num_threads(threads)
         share_tensors()
+        model = parcel.open()
         if model.device.type != device:
             model.hooked.to(device)
         self._model = model
@@ -119,12 +120,12 @@ class Crew:
         log: lines that say what happened to workers and items.
     """
 
-    def __init__(self, executor: "RayExecutor", model: "list[ray.ObjectRef]", on_gpu: bool) -> None:
+    def __init__(self, executor: "RayExecutor", model: "list[ray.ObjectRef]", gpus: int) -> None:
         self.log: list[str] = []
         self._model, self._attempts = model, executor.attempts
-        gpus = (1.0 if on_gpu else 0.0) if executor.gpus is None else executor.gpus
-        self._options = {"num_cpus": executor.cpus, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
-        self._device = "cuda" if gpus else "cpu"
+        share = float(gpus) if executor.gpus is None else executor.gpus
+        self._options = {"num_cpus": executor.cpus, "num_gpus": share, "max_restarts": 0, "max_task_retries": 0}
+        self._device = "cuda" if share else "cpu"
         self._threads = max(1, int(executor.cpus))
         self._workers = executor.workers
         self._idle: list[Any] = []
@@ -137,7 +138,7 @@ class Crew:
     @staticmethod
     def of(executor: "RayExecutor", model: Any) -> "Crew":
         """Workers that will hold this model, started when they are needed."""
-        return Crew(executor, [ray.put(model)], model.device.type == "cuda")
+        return Crew(executor, [ray.put(Parcel.of(model))], gpus_of(model))
 
     def run(self, work: "Work", items: Sequence[Any], folder: Folder | None) -> Iterator[tuple[Any, Any]]:
         """See `mechsteer.executors.Executor.run`."""

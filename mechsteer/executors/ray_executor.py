@@ -41,7 +41,7 @@ class RayExecutor:
     Attributes:
         workers: how many; None takes as many as the cluster has room for.
         cpus: processors of each.
-        gpus: the share of a GPU that each takes, such as 0.5; None takes a whole one if the model is on a GPU.
+        gpus: that each takes, or the share of one, such as 0.5; None takes as many as the model is on.
         address: of the cluster, such as "auto" or "10.0.0.1:6379"; None as said above.
         attempts: how often an item is tried.
     """

@@ -19,6 +19,7 @@ from mechsteer.interventions import Replace
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import FeatureActivation, Objective
 from mechsteer.objectives.base import one_of
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, bootstrap_ci, provenance
 from mechsteer.sweeps import sweep
@@ -314,15 +315,15 @@ class _Changed:
         touched = self._end | self._off
         x, whole, off = self._own[touched], self._whole[touched], self._off[touched]
         values = {name: self._own.clone() for name in parts if name != STATE}
-        change = {name: torch.empty_like(x) for name in values}
+        change = {name: torch.empty_like(precise(x)) for name in values}
         decoder = self._sae.decoder
         for rows, features in encoded(self._sae, x):
             there = torch.where(off[rows, None], 0.0, self._sae.encode(whole[rows]))
             moved = there - features
             for name, each in change.items():
-                each[rows] = (moved[:, parts[name]].to(decoder) @ decoder[parts[name]]).to(x)
+                each[rows] = (moved[:, parts[name]].to(decoder) @ decoder[parts[name]]).to(each)
         for name, each in values.items():
-            each[touched] = x + self._sae.scale(x) * change[name]
+            each[touched] = (x + self._sae.scale(precise(x)) * change[name]).to(each)
         if STATE in parts:
             values[STATE] = self._whole
         return {name: Replace(self._sae.site, self._activations(each, model)) for name, each in values.items()}

@@ -18,7 +18,8 @@ from mechsteer.gradients import graph_tokens, traced
 from mechsteer.interventions import SetFeature
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import check_examples, one_of, precise
+from mechsteer.objectives.base import check_examples, one_of
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, bootstrap_ci, provenance
 from mechsteer.rows import normalise_at, of_like_lengths, tokens_of

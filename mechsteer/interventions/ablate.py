@@ -12,6 +12,7 @@ from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.hooks import Edit, Intervention, check
 from mechsteer.interventions.checks import as_direction, site_of
+from mechsteer.precision import precise, wide
 from mechsteer.rows import Rows, normalise_at
 from mechsteer.site import Site, SiteLike
 
@@ -76,7 +77,7 @@ class Ablate(Intervention):
 
     @classmethod
     def _edit(cls, cells: Sequence["Ablate"], like: Float[Tensor, "..."]) -> Edit:
-        unique = {id(cell.direction): cell.basis.to(like) for cell in cells}
+        unique = {id(cell.direction): cell.basis.to(like.device, wide(like.dtype)) for cell in cells}
         bases = list(unique.values())
         which = None
         if len(bases) > 1:
@@ -84,7 +85,8 @@ class Ablate(Intervention):
             which = torch.tensor([index[id(cell.direction)] for cell in cells], device=like.device)
 
         def project(values: Float[Tensor, "*rows d"], basis: Float[Tensor, "k d"]) -> Float[Tensor, "*rows d"]:
-            return values - (values @ basis.T) @ basis
+            x = precise(values)
+            return (x - (x @ basis.T) @ basis).to(values.dtype)
 
         def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             if which is None:

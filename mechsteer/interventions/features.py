@@ -11,6 +11,7 @@ from torch import Tensor
 from mechsteer.backends.autoencoder import SparseAutoencoder
 from mechsteer.errors import MechsteerError
 from mechsteer.hooks import Edit, Intervention
+from mechsteer.precision import precise, wide
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows, last_touched, normalise_at
 
@@ -169,17 +170,17 @@ def _of_one(sae: SparseAutoencoder, cells: Sequence[SetFeature | None], like: Fl
     for cell in cells:
         n = 0 if cell is None else len(cell.features)
         index.append([*(() if cell is None else cell.features), *[0] * (most - n)])
-        filler = like.new_zeros(*shape, most - n)
+        filler = like.new_zeros(*shape, most - n, dtype=wide(like.dtype))
         if cell is None:
             keep.append(filler + 1)
             put.append(filler)
             continue
-        values = cell.values.to(like).expand(*shape, n)
+        values = cell.values.to(filler).expand(*shape, n)
         put.append(torch.cat([torch.zeros_like(values) if cell.mode == "scale" else values, filler], -1))
         kept = {"clamp": torch.zeros_like(values), "add": torch.ones_like(values), "scale": values}[cell.mode]
         keep.append(torch.cat([kept, filler + 1], -1))
     reads = any(cell is not None and cell.mode != "add" for cell in cells)
-    decoder = sae.decoder.to(like)
+    decoder = sae.decoder.to(like.device)
     shared = index[0] if all(each == index[0] for each in index) else None
     chosen = torch.tensor(index, device=like.device)
     keeps, puts = torch.stack(keep), torch.stack(put)
@@ -190,19 +191,20 @@ def _of_one(sae: SparseAutoencoder, cells: Sequence[SetFeature | None], like: Fl
         return table[rows.cell, example, position]
 
     def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
-        x = values.flatten(1)
+        x = precise(values.flatten(1))
         change = at_rows(puts, rows)
         if reads:
             mine: Int[Tensor, "row k"] = chosen[rows.cell]
             features = sae.encode(x).gather(-1, mine).to(x)
             change = change + (at_rows(keeps, rows) - 1) * features
         if shared is not None:
-            moved = change @ decoder[shared]
+            moved = change @ decoder[shared].to(change)
         elif most <= _FEW:
-            moved = torch.einsum("rk,rkd->rd", change, decoder[chosen[rows.cell]])
+            moved = torch.einsum("rk,rkd->rd", change, decoder[chosen[rows.cell]].to(change))
         else:
             # A decoder row for each of a token's features would take more memory than all features of the token.
-            moved = x.new_zeros(len(x), len(decoder)).scatter_add(1, chosen[rows.cell], change) @ decoder
-        return (x + sae.scale(x) * moved).reshape(values.shape)
+            every = x.new_zeros(len(x), len(decoder)).scatter_add(1, chosen[rows.cell], change)
+            moved = (every.to(decoder.dtype) @ decoder).to(x)
+        return (x + sae.scale(x) * moved).to(values.dtype).reshape(values.shape)
 
     return edit

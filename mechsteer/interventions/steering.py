@@ -13,6 +13,7 @@ from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.hooks import Edit, Intervention, check
 from mechsteer.interventions.checks import as_direction, check_batch, finite, site_of
+from mechsteer.precision import precise, wide
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows, normalise_at, stack_numbers
 from mechsteer.site import Site, SiteLike
@@ -74,14 +75,14 @@ class Add(Intervention):
             alpha = alphas(rows)
             if isinstance(alpha, Tensor):
                 alpha = alpha.view(-1, *[1] * (values.ndim - 1))
+            # Rounded once, where the model is in half precision: after the sum.
+            x = precise(values)
             if which is None:
-                return (
-                    torch.addcmul(values, alpha, vectors[0])
-                    if isinstance(alpha, Tensor)
-                    else values + alpha * vectors[0]
-                )
-            added = vectors[which[rows.cell]].view(-1, *[1] * (values.ndim - 2), values.shape[-1])
-            return values + alpha * added
+                moved = torch.addcmul(x, alpha, vectors[0]) if isinstance(alpha, Tensor) else x + alpha * vectors[0]
+            else:
+                added = vectors[which[rows.cell]].view(-1, *[1] * (values.ndim - 2), values.shape[-1])
+                moved = x + alpha * added
+            return moved.to(values.dtype)
 
         return edit
 
@@ -128,7 +129,7 @@ def _stack_unique(
     # Slices of one tensor are new objects each time they are taken.
     by_address = {(v.data_ptr(), v.shape, v.stride()): v for v in unique.values()}
     keys = list(by_address)
-    table = torch.stack([v.to(like) for v in by_address.values()])
+    table = torch.stack([v.to(like.device, wide(like.dtype)) for v in by_address.values()])
     if len(keys) == 1:
         return table, None
     index = {key: i for i, key in enumerate(keys)}
@@ -169,7 +170,8 @@ class Scale(Intervention):
 
         def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             factor = factors(rows)
-            return values * (factor.view(-1, *[1] * (values.ndim - 1)) if isinstance(factor, Tensor) else factor)
+            factor = factor.view(-1, *[1] * (values.ndim - 1)) if isinstance(factor, Tensor) else factor
+            return (precise(values) * factor).to(values.dtype)
 
         return edit
 
@@ -207,10 +209,11 @@ class SoftPrefix(Intervention):
 
     @classmethod
     def _edit(cls, cells: Sequence["SoftPrefix"], like: Float[Tensor, "..."]) -> Edit:
-        table = torch.stack([cell.embeddings.to(like) for cell in cells])
+        table = torch.stack([cell.embeddings.to(like.device, wide(like.dtype)) for cell in cells])
 
         def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
-            return table[rows.cell, rows.slot]
+            # Rounded after the choice, so that gradients of many prompts are summed before they are rounded.
+            return table[rows.cell, rows.slot].to(values.dtype)
 
         return edit
 

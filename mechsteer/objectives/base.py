@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechsteer import markup
 from mechsteer.errors import MechsteerError
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.run import Run
 from mechsteer.site import Site
@@ -176,10 +177,6 @@ def check_examples(objective: Objective, prompts: Prompts) -> None:
 
 def decision_mask(prompts: Prompts) -> Bool[Tensor, "batch pos"]:
     return prompts.at(prompts.decision)
-
-
-def precise(values: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
 def by_block(

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mechsteer.backends.autoencoder import SparseAutoencoder
 from mechsteer.errors import MechsteerError
-from mechsteer.objectives.base import Objective, assign, one_of, precise, token_mean, tokens_at
+from mechsteer.objectives.base import Objective, assign, one_of, token_mean, tokens_at
+from mechsteer.precision import precise
 from mechsteer.prompts import ROLES
 from mechsteer.run import Run
 from mechsteer.site import Site

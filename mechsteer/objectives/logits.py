@@ -19,11 +19,11 @@ from mechsteer.objectives.base import (
     decision_mask,
     examples_of,
     one_of,
-    precise,
     predicting,
     token_mean,
 )
 from mechsteer.objectives.tokens import Tokens, TokenSet
+from mechsteer.precision import precise
 from mechsteer.prompts import ROLES, Prompts
 from mechsteer.run import Run
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from mechsteer.activations import Activations, ModelId
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
-from mechsteer.objectives.base import Objective, assign, examples_of, one_of, precise, token_mean, tokens_at
+from mechsteer.objectives.base import Objective, assign, examples_of, one_of, token_mean, tokens_at
+from mechsteer.precision import precise
 from mechsteer.prompts import ROLES, Prompts
 from mechsteer.run import Run
 from mechsteer.site import Site, SiteLike

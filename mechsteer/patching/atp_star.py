@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
-from mechsteer.objectives.base import precise
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.site import Site
 
@@ -140,7 +140,7 @@ class _Attention:
 
     def gradient(self, gradients: Mapping[Site, Tensor]) -> Float[Tensor, "batch head dest src"]:
         """dM/dP."""
-        return precise(gradients[self.site]) if self.site in gradients else torch.zeros_like(self.scores)
+        return gradients[self.site] if self.site in gradients else torch.zeros_like(self.scores)
 
 
 @dataclass(frozen=True)

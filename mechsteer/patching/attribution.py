@@ -13,9 +13,9 @@ from mechsteer.errors import MechsteerError
 from mechsteer.gradients import Traced, graph_tokens, measured, traced
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import precise
 from mechsteer.patching.atp_star import Estimator, Gate, softmax_sites, softmaxed
 from mechsteer.patching.grid import Grid, check_mode
+from mechsteer.precision import precise
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
@@ -271,9 +271,9 @@ class _Linear:
         elif "src" in self.site.axes:
             # Scores that causality hides are -inf in both runs.
             change = torch.where(self.change.isfinite(), self.change, 0)
-            dense = change * precise(gradients[self.site])
+            dense = change * gradients[self.site]
         else:
-            dense = (self.change * precise(gradients[self.site])).sum(-1)
+            dense = (self.change * gradients[self.site]).sum(-1)
         return torch.einsum("rbd,bhds->rbhs" if "src" in self.site.axes else "rbp,bp...->rb...", where.to(dense), dense)
 
 
@@ -301,12 +301,12 @@ def _integrated(pair: _Pair, cells: _Cells, steps: int, tokens: int, advance: Ca
     # Midpoints of equal parts of the line: the error falls with the square of their number.
     shares = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     for part in shares.split(max(1, tokens // pair.base.tokens.numel())):
-        share = part.to(base[embed]).view(-1, 1, 1, 1)
-        line = torch.lerp(base[embed][None], source[embed][None], share).flatten(0, 1)
+        start, stop = (precise(each[embed])[None] for each in (base, source))
+        line = torch.lerp(start, stop, part.to(start).view(-1, 1, 1, 1)).flatten(0, 1).to(base[embed])
         rows = torch.arange(batch).repeat(len(part))
         run = pair.traced(pair.base[rows], pair.example[rows], pair.points, embed=line)
         for site, gradient in run.gradients().items():
-            total = precise(gradient).unflatten(0, (len(part), batch)).sum(0) / steps
+            total = gradient.unflatten(0, (len(part), batch)).sum(0) / steps
             mean[site] = mean[site] + total if site in mean else total
         advance(len(rows))
     return [cells.reduce(_linear(pair.points, base, source), mean, pair.base)], torch.stack([before, after])

@@ -20,6 +20,7 @@ from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.patching.activation import objective_of
 from mechsteer.patching.grid import check_mode, map_of
+from mechsteer.precision import precise
 from mechsteer.progress import Bar, bar
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result, provenance
@@ -268,7 +269,7 @@ class Received(Intervention):
     @classmethod
     def _edit(cls, cells: Sequence["Received"], like: Float[Tensor, "..."]) -> Edit:
         which = torch.tensor([cell.index for cell in cells], device=like.device)
-        table = cells[0].table
+        table = cells[0].table.to(like.device)
 
         def edit(values: Float[Tensor, "row *feature"], rows: Rows) -> Float[Tensor, "row *feature"]:
             return table[which[rows.cell], rows.example, rows.position]
@@ -326,7 +327,7 @@ class _Paths:
         for stage in {receiver.reads for receiver in self.receivers}:
             before = self.base[_stream(stage, self.model.n_layers)]
             arrived = [[change for at, change in each.items() if at < stage] for each in writes]
-            streams[stage] = torch.stack([sum(changes, before) for changes in arrived])
+            streams[stage] = torch.stack([sum(changes, precise(before)).to(before) for changes in arrived])
         tables = {place: streams[place.reads] for place in self.receivers if place.site.kind.startswith("resid")}
         computed = [place for place in self.receivers if place not in tables]
         points = {place.site.point for place in computed}
@@ -365,7 +366,7 @@ class _Paths:
         for place in job:
             if place.site.kind != "z":
                 after = torch.where(tokens_of(place.at, self.base.prompts)[..., None], self.source[site], after)
-        return after - self.base[site]
+        return precise(after) - precise(self.base[site])  # summed over senders, and rounded after that
 
     def _through_heads(self, jobs: Iterable[Senders]) -> dict[Senders, Float[Tensor, "batch pos d_model"]]:
         """`attn_out` with the source run's values of the senders among the layer's heads; each job is of one layer.

@@ -12,10 +12,12 @@ from torch import Tensor
 from mechsteer.activations import Activations
 from mechsteer.backends.decoder import Alike, Cache, Capture
 from mechsteer.backends.packing import Pack, whole_pack
+from mechsteer.costs import CANDIDATE_EVEN, CANDIDATE_LOGITS, CANDIDATE_TOKENS
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import check_examples, precise
+from mechsteer.objectives.base import check_examples
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
 from mechsteer.run import Run
@@ -23,12 +25,6 @@ from mechsteer.site import Site
 from mechsteer.vocabulary import embeddings, insert
 
 Ids = tuple[int, ...]
-# Tokens of a batch: about 2,000 are fastest on a CPU, where the allocator eats what more would gain.
-_TOKENS = {"cpu": 2048, "cuda": 32768}
-# How many times the tokens of a batch may become in making them equally many for every candidate.
-_EVEN = 1.1
-# Logits of a batch.
-_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +69,7 @@ class CandidateLosses:
         prompts: what the prefix goes into; see `insert`.
         table: embeddings of the vocabulary.
         fluency: weight of the prefix's own mean negative log likelihood (nats a token) in the loss.
+        flops: operations that the packed pass did so far.
     """
 
     def __init__(self, model: Model, prompts: PromptsLike, objective: Objective, *, fluency: float = 0.0) -> None:
@@ -86,9 +83,10 @@ class CandidateLosses:
         self._layouts: dict[int, Layout] = {}
         self._weights: dict[int, Tensor] = {}
         self._base: _Base | None = None
+        self.flops = 0.0
         device = model.device.type
-        self._tokens = _TOKENS.get(device, _TOKENS["cuda"])
-        self._logits = _LOGITS.get(device, _LOGITS["cuda"])
+        self._tokens = CANDIDATE_TOKENS.get(device, CANDIDATE_TOKENS["cuda"])
+        self._logits = CANDIDATE_LOGITS.get(device, CANDIDATE_LOGITS["cuda"])
 
     def layout(self, n: int) -> Layout:
         """For prefixes of n tokens."""
@@ -173,7 +171,7 @@ class CandidateLosses:
         rows = torch.tensor([ids], device=self.model.device)
         total, gradient = 0.0, torch.zeros(n, self.model.d_model, dtype=torch.float64, device=self.model.device)
         for number, chunk in enumerate(self._chunks(n)):
-            leaf = self.table[list(ids)].detach().clone().requires_grad_()
+            leaf = precise(self.table[list(ids)].detach().clone()).requires_grad_()
             with torch.enable_grad():
                 start = torch.zeros(1, dtype=torch.long, device=rows.device)
                 run = self._run(layout, chunk, number, rows, start, ids, leaf)
@@ -262,7 +260,8 @@ class CandidateLosses:
                 return values
             slot = position - first[example]
             inside = (slot >= 0) & (slot < n)
-            return torch.where(inside[..., None], leaf.to(values)[slot.clamp(0, n - 1)], values)
+            # Rounded after the choice, so that gradients of many prompts are summed before they are rounded.
+            return torch.where(inside[..., None], leaf[slot.clamp(0, n - 1)].to(values), values)
 
         if self.decoder is None:
             position = torch.arange(read.shape[1], device=read.device).expand_as(read)
@@ -278,7 +277,7 @@ class CandidateLosses:
         stop = layout.stop[chunk][:, None].expand_as(start)
         # A few clean tokens computed again cost less than rows of unlike lengths.
         earliest = start.amin(1, keepdim=True).expand_as(start)
-        if int((stop - earliest).sum()) <= _EVEN * int((stop - start).sum()):
+        if int((stop - earliest).sum()) <= CANDIDATE_EVEN * int((stop - start).sum()):
             start = earliest
         pack = Pack(
             lambda group, position, cell: Rows(layout.prompts, chunk[group], position, cell),
@@ -291,6 +290,10 @@ class CandidateLosses:
         # Candidates differ in a token or two: what layer 0 makes of the others by themselves is the same.
         alike = Alike.of(tokens, rows.position) if leaf is None else None
         x = self.decoder.blocks(x, pack, first=0, stop=self.decoder.n_layers, alike=alike, past=past)
+        self.flops += self.decoder.flops(pack, first=0, backward=leaf is not None)
+        self.flops += self.decoder.unembed_flops * x.shape[0] * (1 if leaf is None else 2)
+        if alike is not None:
+            self.flops -= self.decoder.dims.project_flops(len(alike.kind) - len(alike.first))
         # Rows stand in the order of (item, position), and the last layer was computed for those that are read.
         activations = Activations({}, prompts=items, model=self._id)
         return Run(items, self.decoder.logits(x), read, activations, example)
@@ -313,6 +316,7 @@ class CandidateLosses:
                 with torch.no_grad():
                     x = decoder.embed(prompts.tokens[rows.example, rows.position], pack.all, {}, Capture())
                     decoder.blocks(x, pack, first=0, stop=decoder.n_layers, own=cache)
+                self.flops += decoder.flops(pack, first=0, own=True)
                 caches.append(cache)
             self._base = kept = _Base(base, width, caches)
         return kept

@@ -9,6 +9,7 @@ from torch import Tensor
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
 from mechsteer.objectives.base import one_of
+from mechsteer.precision import precise
 from mechsteer.vocabulary import allowed_tokens, check_ids, embeddings
 
 Start = str | Sequence[int] | Tensor
@@ -46,8 +47,7 @@ class EmbeddingSpace:
         if not self.ids:
             raise MechsteerError("allowed=[] leaves no token. Pass ids, or None for all but special tokens.")
         check_ids(model, self.ids)
-        wide = torch.promote_types(model.dtype, torch.float32)
-        self.table: Float[Tensor, "d_vocab d_model"] = embeddings(model).detach().to(wide)
+        self.table: Float[Tensor, "d_vocab d_model"] = precise(embeddings(model).detach())
         self.allowed: Float[Tensor, "token d_model"] = self.table[self.ids]
         self._centre = self.allowed.mean(0)
         self.scale = float(self.allowed.square().mean().sqrt())

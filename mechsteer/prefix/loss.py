@@ -6,15 +6,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsteer.costs import GRAPH_ROWS
 from mechsteer.engine import Clean, Engine
 from mechsteer.errors import MechsteerError
 from mechsteer.interventions import SoftPrefix
+from mechsteer.memory import Memory, devices_of
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.prompts import Prompts
-
-# Rows of a batch whose graph is held.
-_ROWS = {"cpu": 4096, "cuda": 65536}
 
 
 class PrefixLoss:
@@ -78,7 +77,11 @@ class PrefixLoss:
         self._parts: list[tuple[Tensor, Tensor, Clean | None, Tensor]] = []
         share = self.shares(right, objective, weights)
         share = share / share[chosen].sum()
-        limit = _ROWS.get(device.type, _ROWS["cuda"]) if batch_rows is None else batch_rows
+        limit = GRAPH_ROWS.get(device.type, GRAPH_ROWS["cuda"]) if batch_rows is None else batch_rows
+        self.memory: Memory = self._engine.memory([-1], rows=limit, chunk=limit // n_prefixes, grad=True)
+        self.memory.check(
+            "This prefix search", devices_of(model), "Pass batch_rows= with fewer tokens, or n_restarts=1."
+        )
         for part in self._split(torch.tensor(chosen, device=device), start, limit):
             clean = None
             if self._packed:
@@ -86,6 +89,11 @@ class PrefixLoss:
                 before = read.any(1) & (read.argmax(1) < start[part])
                 clean = self._engine.clean(part, [-1], logits=bool(before.any()))
             self._parts.append((part, start[part].expand(n_prefixes, -1), clean, share[part]))
+
+    @property
+    def flops(self) -> float:
+        """Operations done so far, if the packed pass does them."""
+        return self._engine.work.done
 
     @staticmethod
     def shares(prompts: Prompts, objective: Objective, weights: Float[Tensor, " _"] | None) -> Float[Tensor, " prompt"]:

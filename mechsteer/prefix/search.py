@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from mechsteer.costs import MIXED_PARTS
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
@@ -29,8 +30,8 @@ from mechsteer.result import Result, provenance
 from mechsteer.vocabulary import check_ids
 
 METHODS = ("hotflip", "gcg", "mixed")
-# "mixed": prefixes that it goes back to, steps without a new best before it does, and steps for one `width`.
-_ELITE, _PATIENCE, _PARTS = 8, 6, 4
+# "mixed": prefixes that it goes back to, and steps without a new best before it does.
+_ELITE, _PATIENCE = 8, 6
 # Steps that evaluate nothing new after which a search ends.
 _DRY = 25
 # Tokens that a random start is chosen from in each slot.
@@ -292,7 +293,7 @@ class _Search:
         options: dict[str, Any] = {"moves": self.moves, "shortest": shortest, "longest": longest}
         # The gradient is worth most right after a move: a few at a time.
         found = self._drawn(
-            lambda n: make.mixed(ids, top, n, rng, others=elite, **options), max(1, self.width // _PARTS)
+            lambda n: make.mixed(ids, top, n, rng, others=elite, **options), max(1, self.width // MIXED_PARTS)
         )
         better = [
             each
@@ -416,5 +417,6 @@ class _Search:
             "ids": list(self.best), "text": self.trip.text(self.best), "loss": self.seen[self.best],
             "round_trip": list(self.trip.survives(self.best)), "method": self.method, "finished": finished,
         }  # fmt: skip
+        options = {**options, "flops": self.losses.flops}
         made = provenance(model=self.model.id, seconds=seconds, found=found, **options)
         return found_prefix(Result(data, provenance=made), found)

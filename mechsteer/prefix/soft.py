@@ -222,6 +222,7 @@ def optimise_soft_prefix(
     if not searched:
         raise MechsteerError(f"held_out= takes all {len(right)} prompts. Leave some to search on.")
     loss = PrefixLoss(model, right, objective, rows=searched, **shared)
+    loss.memory.announce("Soft prefix search", show=progress)
     held_loss = PrefixLoss(model, right, objective, rows=held, **shared) if held else None
     space = EmbeddingSpace(model, allowed)
     bring_back = space.constraint(constraint)
@@ -269,7 +270,7 @@ def optimise_soft_prefix(
         model=model.id, seed=seed, seconds=time.perf_counter() - began, objective=repr(objective), ended=ended,
         steps=steps, lr=lr, schedule=schedule, warmup=warmup, penalty=penalty, constraint=constraint, noise=noise,
         init=init if isinstance(init, str) else "embeddings" if isinstance(init, Tensor) else list(init),
-        held_out=held, prompts=right.hash,
+        held_out=held, prompts=right.hash, flops=loss.flops + (held_loss.flops if held_loss else 0.0),
     )  # fmt: skip
     return FoundSoft(trail.embeddings, trail.losses, Result(trail.dataset(bool(held)), provenance=made), model.id)
 

@@ -11,7 +11,8 @@ from mechsteer.errors import MechsteerError
 from mechsteer.gradients import graph_tokens, traced
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import check_tokens, precise, tokens_at
+from mechsteer.objectives.base import check_tokens, tokens_at
+from mechsteer.precision import precise, wide
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.site import Site, SiteLike
@@ -96,7 +97,7 @@ def prompt_gradients(
                     f"{measure!r} has no gradient at {where}. Choose an earlier site, or an objective computed from "
                     "logits or later activations with PyTorch."
                 )
-            rows.append((precise(gradients[where]) * chosen[:, :, None]).sum(1))
+            rows.append((gradients[where] * chosen[:, :, None]).sum(1))
             shown.advance(len(part))
     origin = {"method": "prompt_gradients", "measure": repr(measure), "tokens": tokens, "prompts": right.hash}
     return Direction(torch.cat(rows), where, model.id, origin)
@@ -122,7 +123,7 @@ def token_rows(model: Model, texts: PromptsLike, *, site: SiteLike, tokens: int 
             "Site('z', 2, head=0), and the tokens with tokens=."
         )
     right = model.prompts(texts).padded("right")
-    rows = torch.cat([values[chosen] for values, chosen in _recorded(model, right, where, tokens)])
+    rows = torch.cat([values[chosen] for values, chosen in _recorded(model, right, where, tokens)])  # in fp32 at least
     return Direction(rows, where, model.id, {"method": "token_rows", "tokens": tokens, "texts": right.hash})
 
 
@@ -157,7 +158,7 @@ def whitened(rows: Direction, texts: Direction | Sequence[Direction], *, ridge: 
     turned = torch.linalg.solve(moment + ridge * moment.trace() / len(moment) * one, exact.T).T
     turned = turned * (torch.linalg.matrix_norm(exact) / torch.linalg.matrix_norm(turned))
     origin = {"method": "whitened", "ridge": ridge, "texts": [each.origin for each in groups], "of": rows.origin}
-    return Direction(turned.to(rows.vectors), rows.site, rows.model or groups[0].model, origin)
+    return Direction(turned.to(wide(rows.vectors.dtype)), rows.site, rows.model or groups[0].model, origin)
 
 
 def _token_means(model: Model, right: Prompts, site: Site, tokens: int | str) -> Float[Tensor, "batch d_model"]:

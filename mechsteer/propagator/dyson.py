@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
+from mechsteer.precision import precise
 from mechsteer.propagator.identity import check_vectors, pushes_of
 from mechsteer.propagator.jacobian import Jacobian, positions_of, stage_of, trace
 from mechsteer.propagator.operator import Propagator
@@ -76,7 +77,7 @@ def dyson(
     stages = list(range(2 * min(wanted), 2 * n + 1, stride))
     held = trace(model, given, stages, at, at)
     steps = [held.jacobian(source, source + stride) for source in stages[:-1]]
-    like = held.at(2 * n).detach()
+    like = precise(held.at(2 * n).detach())
     pushes = pushes_of(named, random, like, seed)
     shape = (len(steps) + 1, len(wanted), len(pushes), len(given))
     found = {name: torch.zeros(shape, dtype=like.dtype) for name in ("share", "size", "missing")}

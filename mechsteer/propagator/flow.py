@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
+from mechsteer.precision import precise
 from mechsteer.propagator.identity import check_vectors
 from mechsteer.propagator.jacobian import Jacobian, positions_of, stage_of, trace
 from mechsteer.propagator.spectra import normal
@@ -82,13 +83,14 @@ def position_flow(
     decision = positions_of(given, None)
     held = trace(model, given, [first, last], decision, decision, hooks=True)
     reached, moved = held.points[last][0], held.points[first][1]
-    drawn = normal((random, 1, model.d_model), reached.detach(), seed).expand(-1, len(given), -1)
-    pushes = torch.stack([*(vector.to(reached) for vector in named.values()), *drawn])
+    like = precise(reached.detach())
+    drawn = normal((random, 1, model.d_model), like, seed).expand(-1, len(given), -1)
+    pushes = torch.stack([*(vector.to(like) for vector in named.values()), *drawn])
     pushes = pushes / pushes.norm(dim=-1, keepdim=True)
     batch = torch.arange(len(given), device=decision.device)
     names = [*named, *(["random"] if random else [])]
-    arrived = torch.full((len(names), len(asked), width, len(given)), torch.nan, dtype=reached.dtype)
-    same, others = (torch.full((len(names), len(asked), len(given)), torch.nan, dtype=reached.dtype) for _ in range(2))
+    arrived = torch.full((len(names), len(asked), width, len(given)), torch.nan, dtype=like.dtype)
+    same, others = (torch.full((len(names), len(asked), len(given)), torch.nan, dtype=like.dtype) for _ in range(2))
     for index, place in enumerate(places):
         there = (place >= 0) & (place < given.lengths)
         at = torch.where(there, place, 0)

@@ -23,7 +23,8 @@ from mechsteer.hooks import Intervention
 from mechsteer.interventions import Add, Replace, SoftPrefix
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import check_examples, one_of, precise, tokens_at
+from mechsteer.objectives.base import check_examples, one_of, tokens_at
+from mechsteer.precision import precise, wide
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.intervals import check_finite, with_intervals
@@ -142,9 +143,7 @@ def gap_gradient(
     check_examples(measure, right)
     stands = filling(embeddings(model), filler) if filler is not None or bool(right.slots.any()) else None
     shape = (*right.tokens.shape, model.d_model)
-    gradient, embed = (
-        torch.zeros(shape, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device) for _ in range(2)
-    )
+    gradient, embed = (torch.zeros(shape, dtype=wide(model.dtype), device=model.device) for _ in range(2))
     value = gradient.new_zeros(len(right))
     with bar("gradients", len(right), show=progress) as shown:
         for example in of_like_lengths(right.lengths, tokens or graph_tokens(model)):
@@ -182,7 +181,7 @@ def _gradient(
             "with PyTorch."
         )
     keep = prompts.mask[..., None]
-    return run.value.detach(), precise(gradients[embed]) * keep, precise(run.taken[embed]) * keep
+    return run.value.detach(), gradients[embed] * keep, precise(run.taken[embed]) * keep
 
 
 # ---- from a vector to tokens ----
@@ -222,9 +221,9 @@ def nearest_tokens(
     vector = target.vector if isinstance(target, Direction) else target
     ids, table = allowed_tokens(model, forbidden=forbidden), embeddings(model)
     model.check_width(Site("embed"), len(vector), "nearest_tokens")
-    vector = vector.detach().to(table)
-    products = table[ids] @ vector
-    scores = {"inner_product": products, "cosine": cosines(table[ids], vector)}
+    rows = precise(table[ids])
+    vector = vector.detach().to(rows)
+    scores = {"inner_product": rows @ vector, "cosine": cosines(rows, vector)}
     best = scores[by].argsort(descending=True, stable=True)[:n].tolist()
     chosen = [ids[each] for each in best]
     data = xr.Dataset(
@@ -307,7 +306,7 @@ def linear_prediction(
     gradient = gap_gradient(model, slotted, measure=measure, filler=filler, progress=progress)
     table = embeddings(model)
     stands = filling(table, filler)
-    steps = table[torch.tensor(rows, device=table.device)] - stands  # [token, slot, d_model]
+    steps = precise(table[torch.tensor(rows, device=table.device)]) - stands  # [token, slot, d_model]
     predicted = torch.einsum("psd,tsd->tp", gradient.slots, steps.to(gradient.slots))
     base = gradient.value.cpu().numpy()
 
@@ -324,7 +323,7 @@ def linear_prediction(
         label: [SoftPrefix(step + stands)] for label, step in zip(labels, steps, strict=True)
     }
     sums: dict[str, list[Intervention]] = {
-        label: [Add(table[list(row)].sum(0), site=Site("embed"), at=-1)]
+        label: [Add(precise(table[list(row)]).sum(0), site=Site("embed"), at=-1)]
         for label, row in zip(labels, rows, strict=True)
     }
     true = measured(slotted, soft) - base

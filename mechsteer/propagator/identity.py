@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model, PromptsLike
+from mechsteer.precision import precise
 from mechsteer.propagator.jacobian import Jacobian, Trace, positions_of, trace
 from mechsteer.propagator.operator import DENSE, LinearOperator, Matrix, Propagator
 from mechsteer.propagator.spectra import check_probes, normal, signs
@@ -73,7 +74,7 @@ def identity_share(
     at = positions_of(given, pos)
     n, d = model.n_layers, model.d_model
     held = trace(model, given, range(2 * n + 1), at, at)
-    like = held.at(2 * n).detach()
+    like = precise(held.at(2 * n).detach())
     drawn = normal((random, d), like, seed)
     kept = min(spectrum, d)
     norms = () if model.decoder is None else _final_norm(model, like)
@@ -165,7 +166,7 @@ def identity_pairs(
     at = positions_of(given, pos)
     n, d, batch = model.n_layers, model.d_model, len(given)
     held = trace(model, given, range(0, 2 * n + 1, 2), at, at)
-    like = held.at(2 * n).detach()
+    like = precise(held.at(2 * n).detach())
     exact = probes is None and d <= DENSE
     pushes = pushes_of(named, random, like, seed)
     count = d if exact else 64 if probes is None else probes
@@ -310,7 +311,7 @@ def _check_random(random: int, spectrum: int = 1) -> None:
 def dense(held: Trace, source: int, target: int) -> Float[Tensor, "batch d_model d_model"]:
     """The whole Jacobian between two stages of a trace."""
     step: Jacobian = held.jacobian(source, target)
-    return step.vjp(_unit_vectors(step.y)).transpose(0, 1)
+    return step.vjp(_unit_vectors(step.like)).transpose(0, 1)
 
 
 def check_vectors(

@@ -23,6 +23,7 @@ from mechsteer.errors import MechsteerError
 from mechsteer.gradients import measured
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.rows import Rows
 from mechsteer.site import Site
@@ -61,6 +62,9 @@ def positions_of(prompts: Prompts, pos: int | Int[Tensor, " batch"] | None) -> I
 class Jacobian:
     """dy/dx of every prompt, as products with vectors.
 
+    Vectors come and go in fp32 at least, also where the model is in half precision: what is made of them are sums and
+    decompositions, which PyTorch does not have in bf16. Between the two sites everything is as the model computes it.
+
     Attributes:
         y: in the graph of x.
         x: the tensor that is moved.
@@ -73,7 +77,7 @@ class Jacobian:
 
     def vjp(self, u: Float[Tensor, "k batch *out d_target"]) -> Float[Tensor, "k batch d_source"]:
         """J^T u for k rows of vectors at a time: one backward pass for as many as fit side by side."""
-        return torch.cat([self._vjp(part) for part in u.split(self._width)])
+        return torch.cat([precise(self._vjp(part.to(self.y))) for part in u.split(self._width)])
 
     def jvp(self, v: Float[Tensor, "k batch d_source"]) -> Float[Tensor, "k batch *out d_target"]:
         """J v.
@@ -83,7 +87,12 @@ class Jacobian:
         (`torch.func.jvp` under `vmap`), with which the tests compare, runs the model again for each product: on one
         core it takes 5 times as long for one vector, 3 times for 16 and about as long for 192.
         """
-        return torch.cat([self._jvp(part) for part in v.split(self._width)])
+        return torch.cat([precise(self._jvp(part.to(self.x))) for part in v.split(self._width)])
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the type and device of what the products give."""
+        return precise(self.y.detach())
 
     def reaches(self) -> bool:
         """Whether y depends on x at all."""
@@ -207,7 +216,10 @@ def _packed(
     # Where this forward pass applies, what enters layer 0 is `embed` plus a constant.
     inner = sorted({max(0, stage) for stage in stages})
     first, last = inner[0], final if logits else inner[-1]
-    clean = Engine(model, prompts, {}).clean(torch.arange(len(prompts), device=start.device), [first], logits=False)
+    engine, rows = Engine(model, prompts, {}), int((stop + 1 - start).sum())
+    width = rows + _ROWS.get(start.device.type, _ROWS["cuda"])  # and what goes back side by side
+    engine.memory([first], rows=width, chunk=prompts.tokens.numel(), grad=True).announce("Propagator")
+    clean = engine.clean(torch.arange(len(prompts), device=start.device), [first], logits=False)
     pack = Pack(
         lambda example, position, cell: Rows(prompts, example, position, cell),
         start[:, None],
@@ -262,8 +274,9 @@ def _hooked(
         def take(tensor: Tensor, hook: Any) -> Tensor:
             # Of its own: one tensor can be that of several sites. A bridge ignores what its hooks see unless another
             # tensor comes back.
-            taps[site] = tensor.detach().requires_grad_() if site.kind == "embed" else tensor.view_as(tensor)
-            return taps[site]
+            here = tensor.to(model.device)
+            taps[site] = here.detach().requires_grad_() if site.kind == "embed" else here.view_as(here)
+            return taps[site].to(tensor.device)
 
         return site.hook_name, take
 

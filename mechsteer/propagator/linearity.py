@@ -16,7 +16,8 @@ from mechsteer.gradients import graph_tokens, traced
 from mechsteer.interventions import Add
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import one_of, precise
+from mechsteer.objectives.base import one_of
+from mechsteer.precision import precise, wide
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.spectra import normal
 from mechsteer.result import Result, provenance
@@ -260,9 +261,7 @@ def _gradients(
     """dM/dx at each site summed over the pushed tokens, the typical length of x there, and who has such tokens."""
     where = tokens_of(rule, right)
     shape = (len(sites), len(right))
-    gradient = torch.zeros(
-        *shape, model.d_model, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device
-    )
+    gradient = torch.zeros(*shape, model.d_model, dtype=wide(model.dtype), device=model.device)
     norms = gradient.new_full(shape, torch.nan)
     for example in of_like_lengths(right.lengths, graph_tokens(model)):
         part = right[example].padded("right")
@@ -276,7 +275,7 @@ def _gradients(
             )
         for index, site in enumerate(sites):
             if site in found:
-                gradient[index, example] = (precise(found[site]) * mask[..., None]).sum(1)
+                gradient[index, example] = (found[site] * mask[..., None]).sum(1)
             lengths = precise(run.taken[site]).norm(dim=-1)
             norms[index, example] = lengths.masked_fill(~mask, torch.nan).nanmedian(1).values
     return gradient, norms.nanmean(1).double().cpu().numpy(), where.any(1).cpu().numpy()
@@ -316,7 +315,7 @@ def _units(
     model: Model, directions: Mapping[str, DirectionLike], sites: Sequence[Site], random: int, seed: int
 ) -> dict[str, Float[Tensor, "layer d_model"]]:
     """Directions of length 1 at each site, the given ones first."""
-    like = torch.zeros(0, dtype=torch.promote_types(model.dtype, torch.float32), device=model.device)
+    like = torch.zeros(0, dtype=wide(model.dtype), device=model.device)
     out: dict[str, Tensor] = {}
     for name, given in directions.items():
         if name == "random" or name.startswith("random "):

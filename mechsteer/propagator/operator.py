@@ -408,7 +408,7 @@ class Propagator(LinearOperator):
         return self.jacobian.vjp(u)
 
     def _like(self) -> Tensor:
-        return self.jacobian.y.detach()
+        return self.jacobian.like
 
     def _rows(self) -> dict[str, object]:
         return {

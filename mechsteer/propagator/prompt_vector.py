@@ -17,7 +17,8 @@ from mechsteer.errors import MechsteerError
 from mechsteer.interventions import Add, Replace, SoftPrefix
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import KLFromBaseline, Objective
-from mechsteer.objectives.base import assign, decision_mask, examples_of, precise
+from mechsteer.objectives.base import assign, decision_mask, examples_of
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.intervals import check_finite, with_intervals
 from mechsteer.result import Result, provenance
@@ -60,7 +61,7 @@ class PromptVector:
         return f"PromptVector(ids={list(self.ids)} as {self.where}, {layers} layers, {prompts} prompts)"
 
     def _repr_html_(self) -> str:
-        norms = torch.linalg.vector_norm(self.deltas.detach().float().mean(1), dim=-1).tolist()
+        norms = torch.linalg.vector_norm(self.deltas.detach().mean(1), dim=-1).tolist()
         table = markup.table(("layer", "norm of the mean"), list(enumerate(norms)))
         title, about = repr(self)[:-1].split("(", 1)
         return markup.card(title, table, about=f"{about}; {self.model.name}")
@@ -95,7 +96,7 @@ def _decisions(model: Model, prompts: Prompts) -> Float[Tensor, "layer prompt d_
     for rows in torch.arange(len(prompts)).split(64):  # bounds the memory
         run = model.run(prompts[rows].padded("right"), record=sites, logits="none")
         mask = decision_mask(run.prompts)
-        parts.append(torch.stack([run.activations[site][mask] for site in sites]))
+        parts.append(torch.stack([precise(run.activations[site][mask]) for site in sites]))
     return torch.cat(parts, 1)
 
 

@@ -17,6 +17,7 @@ from mechsteer.interventions import Ablate, Add
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import KLFromBaseline, Objective, TeacherForcedCE
 from mechsteer.objectives.base import one_of
+from mechsteer.precision import precise
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
 from mechsteer.propagator.intervals import check_finite, with_intervals
@@ -109,7 +110,7 @@ def principal(rows: Direction, k: int) -> Direction:
         )
     signs = torch.where(basis[:k] @ exact.mean(0) < 0, -1.0, 1.0)[:, None]
     origin = {"method": "principal", "k": k, "of": rows.origin}
-    return Direction((signs * basis[:k]).to(rows.vectors), rows.site, rows.model, origin)
+    return Direction((signs * basis[:k]).to(precise(rows.vectors)), rows.site, rows.model, origin)
 
 
 # ---- what removing or adding them does ----
@@ -192,10 +193,11 @@ def rank_test(
             return []
         basis = bases[subspace][:k]
         if push == "ablate":
-            part = Direction(basis.to(rows.vectors), rows.site, rows.model, {"method": "rank_test", "k": k})
+            part = Direction(basis.to(precise(rows.vectors)), rows.site, rows.model, {"method": "rank_test", "k": k})
             return [Ablate(part, everywhere=everywhere, at=at)]
         vector = (bases["found"][:k] @ mean) @ basis
-        return [Add(Direction(vector.to(rows.vectors), rows.site, rows.model, {"method": "rank_test"}), alpha, at=at)]
+        added = Direction(vector.to(precise(rows.vectors)), rows.site, rows.model, {"method": "rank_test"})
+        return [Add(added, alpha, at=at)]
 
     axes = {"subspace": list(bases), "k": counts}
     texts = None if unrelated is None else _Texts.of(model, unrelated)

@@ -12,6 +12,7 @@ from mechsteer.backends.weights import RANK_KINDS, rank_hooks
 from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.model import Model
+from mechsteer.precision import wide
 
 WRITE_KINDS = ("resid_post", "mlp_out", "resid_mid", "attn_out")
 
@@ -175,6 +176,6 @@ def fit_edit(
         "unrelated": [each.origin for each in others],
     }  # fmt: skip
     return RankEdit(
-        Direction(reads.to(keys.vectors), keys.site, keys.model, origin),
-        Direction(right[:k].to(push.vectors), push.site, push.model, origin),
+        Direction(reads.to(wide(keys.vectors.dtype)), keys.site, keys.model, origin),
+        Direction(right[:k].to(push.vectors.device, wide(push.vectors.dtype)), push.site, push.model, origin),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from mechsteer.activations import check_where
 from mechsteer.errors import MechsteerError
 from mechsteer.files import save_tensors, stamp
+from mechsteer.memory import Memory, of_activations
 from mechsteer.model import Model
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
@@ -93,6 +94,11 @@ def record_stream(
     parts = [prompts] if isinstance(prompts, Prompts) else prompts
     known = [part for part in parts if isinstance(part, Prompts)] if isinstance(parts, list) else None
     total = None if known is None else sum(int(part.mask.sum()) for part in known)
+    if keep and not manifest.complete:
+        rows = shard_tokens if total is None else min(shard_tokens, total)
+        shard = Memory({"shard": of_activations(model, points, rows, width=1)})
+        shard.announce("Recording", show=progress)
+        shard.check("This recording", [torch.device("cpu")], "Pass a smaller shard_tokens=, or fewer sites.")
     stream = _stream(model, parts, where)
     with bar("tokens", total, show=progress) as shown:
         advance = shown.advance

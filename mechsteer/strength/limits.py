@@ -14,7 +14,8 @@ from mechsteer.directions import Direction
 from mechsteer.errors import MechsteerError
 from mechsteer.interventions import Add, Scale
 from mechsteer.model import Model, PromptsLike
-from mechsteer.objectives.base import decision_mask, precise
+from mechsteer.objectives.base import decision_mask
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.result import Result
 from mechsteer.rows import At
@@ -55,7 +56,7 @@ def limit_logits(model: Model, direction: Direction, *, sign: float = 1.0) -> Fl
         raise MechsteerError(f"The limit is about the residual stream, and the direction is at {direction.site}.")
     if sign == 0 or sign != sign:
         raise MechsteerError(f"sign={sign} has no limit. Pass 1.0 or -1.0.")
-    vector = direction.vector.detach()
+    vector = precise(direction.vector.detach())
     centred = vector - vector.mean() if str(model.cfg.normalization_type).startswith("LN") else vector
     if float(torch.linalg.vector_norm(centred)) <= 1e-6 * float(torch.linalg.vector_norm(vector)):
         raise MechsteerError(
@@ -63,7 +64,9 @@ def limit_logits(model: Model, direction: Direction, *, sign: float = 1.0) -> Fl
             "no limit. Pass another."
         )
     last = Site("resid_post", model.n_layers - 1)
-    far = (1.0 if sign > 0 else -1.0) * _FAR * len(vector) ** 0.5 / float(torch.linalg.vector_norm(centred))
+    far = _FAR * len(vector) ** 0.5 / float(torch.linalg.vector_norm(centred))
+    # fp16 ends at 65504.
+    far = min(far, torch.finfo(model.dtype).max / 4 / float(vector.abs().max())) * (1.0 if sign > 0 else -1.0)
     # The model's own code behind the last block, on nothing but the vector.
     pushed = [Scale(last, 0.0), Add(Direction(vector[None], last), far)]
     run = model.run(Prompts.from_ids([[0]], tokenizer=model.tokenizer), pushed, logits="last")
@@ -115,7 +118,7 @@ def limit_curves(
         variations.append(sides[1])
     assert swept is not None
     stream = model.run(given, record=[last], logits="none").activations[last]
-    lengths = torch.linalg.vector_norm(stream[decision_mask(given)].float(), dim=-1).cpu().numpy()
+    lengths = torch.linalg.vector_norm(precise(stream[decision_mask(given)]), dim=-1).cpu().numpy()
     scale = np.stack([lengths / float(torch.linalg.vector_norm(each.vector)) for each in named.values()])
     distance = np.stack(distances)
     rates = [[_rate(np.array(grid), curve.mean(-1), side) for side in _SIDES] for curve in distance]

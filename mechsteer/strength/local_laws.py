@@ -16,7 +16,8 @@ from mechsteer.hooks import check
 from mechsteer.interventions import Add
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import precise, predicting
+from mechsteer.objectives.base import predicting
+from mechsteer.precision import precise, wide
 from mechsteer.progress import bar
 from mechsteer.prompts import ROLES, Prompts
 from mechsteer.result import Result, provenance
@@ -143,7 +144,7 @@ def _laws_of(
     record = [direction.site.point, *(() if objective is None else objective.sites())]
     found: dict[str, Tensor] = {}
     with torch.no_grad(), forward_ad.dual_level():
-        zero = torch.zeros(len(part), dtype=model.dtype, device=model.device)
+        zero = torch.zeros(len(part), dtype=wide(model.dtype), device=model.device)
         alpha = forward_ad.make_dual(zero, torch.ones_like(zero))
         run = model.run(part, [Add(direction, alpha, at=at)], record, logits=read)
         run = replace(run, example=index.to(run.example.device))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mechsteer.errors import MechsteerError
 from mechsteer.objectives import Objective
-from mechsteer.objectives.base import by_block, check_tokens, decision_mask, precise, predicting
+from mechsteer.objectives.base import by_block, check_tokens, decision_mask, predicting
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.run import Run
 

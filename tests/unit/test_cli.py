@@ -37,6 +37,7 @@ def test_public_names() -> None:
     "command",
     [
         [], ["study"], ["patch"], ["travel"], ["strength"], ["prefix"], ["features"], ["vector"], ["models"],
+        ["plan", "sweep"], ["plan", "prefix"], ["plan", "study"],
         ["pocket"], ["pocket", "try"], ["pocket", "train"], ["pocket", "check"],
     ],
 )  # fmt: skip

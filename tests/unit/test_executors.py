@@ -1,38 +1,22 @@
 """Sweeps by executors: the numbers are those of this process; folders may be URLs. Ray itself: `test_ray`."""
 
 import errno
-import io
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import cases
-import cloudpickle
 import numpy as np
 import pytest
 import torch
+from elsewhere import moved
 
 import mechsteer as ms
-from mechsteer.executors import Failure, executor_of, transport
+from mechsteer import memory
+from mechsteer.executors import Failure, executor_of
 from mechsteer.folders import Folder
 from mechsteer.store import ShardWriter, Values
-
-
-class Pickler(cloudpickle.CloudPickler):
-    """What Ray does with the tensors of an object that it moves."""
-
-    def reducer_override(self, obj: Any) -> Any:
-        if type(obj) in (torch.Tensor, torch.nn.Parameter):
-            return transport.unpack, (transport.pack(obj),)
-        return super().reducer_override(obj)
-
-
-def moved(value: Any) -> Any:
-    """As it arrives in another process."""
-    buffer = io.BytesIO()
-    Pickler(buffer).dump(value)
-    return cloudpickle.loads(buffer.getvalue())
 
 
 class Elsewhere:
@@ -136,6 +120,16 @@ def test_a_folder_may_be_a_url_and_goes_on_there(model: ms.Model, here: ms.Resul
     assert again.n == 1 and "result.safetensors" in Folder(url).names()
     with pytest.raises(ms.MechsteerError, match="holds another sweep"):
         ms.sweep(model, out=url, **(options(model) | {"axes": {"layer": [0], "alpha": [1.0]}}))
+
+
+def test_a_worker_refuses_what_does_not_fit_in_its_memory(model: ms.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {name: value for name, value in options(model).items() if name not in ("rows", "progress")}
+    with (
+        pytest.raises(ms.MechsteerError, match=r"^This sweep needs about .* Pass shorter prompts"),
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(memory, "free_bytes", lambda device: 1000)
+        ms.sweep(model, executor=Elsewhere(), progress=False, **given)
 
 
 def test_a_folder_of_an_unknown_kind_is_refused(model: ms.Model) -> None:

@@ -113,7 +113,7 @@ def test_each_way_of_computing_less_gives_the_same(precise: Load, name: str, mon
         self.joined = self.sparse = False
 
     monkeypatch.setattr(packing.Pack, "__init__", absolute)
-    monkeypatch.setattr(candidates, "_EVEN", 0)
+    monkeypatch.setattr(candidates, "CANDIDATE_EVEN", 0)
     rows = {"of": staticmethod(lambda tokens, position: None)}
     monkeypatch.setattr(candidates, "Alike", type("Alike", (), rows))
     taken["joined"] = 0

@@ -14,6 +14,7 @@ from mechsteer.errors import MechsteerError
 from mechsteer.interventions import Replace
 from mechsteer.model import Model
 from mechsteer.patching.activation import objective_of
+from mechsteer.precision import precise
 from mechsteer.prompts import Prompts
 from mechsteer.propagator import (
     Propagator,
@@ -102,7 +103,7 @@ def streams(model: Model, prompts: Prompts) -> Float[Tensor, "layer prompt d_mod
     sites = [Site("resid_pre", layer) for layer in range(model.n_layers)]
     run = model.run(prompts, record=sites, logits="none")
     fork = run.prompts.at(-1)
-    return torch.stack([run.activations[site][fork] for site in sites])
+    return torch.stack([precise(run.activations[site][fork]) for site in sites])
 
 
 def _pushes(

@@ -1,0 +1,10 @@
+from .devices import DEVICES as DEVICES
+from .devices import Device as Device
+from .devices import device as device
+from .estimate import Plan as Plan
+from .estimate import Stage as Stage
+from .probe import here as here
+from .searches import plan_prefix as plan_prefix
+from .shape import Shape as Shape
+from .studies import plan_study as plan_study
+from .sweeps import plan_sweep as plan_sweep
