@@ -1,7 +1,7 @@
 """Generating text under interventions, many prompts at once."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from mechsteer.backends.decoder import KINDS as PACKED_KINDS
 from mechsteer.backends.decoder import Cache, Capture, Decoder, key_of
 from mechsteer.backends.packing import whole_pack
 from mechsteer.errors import MechsteerError
+from mechsteer.executors import computed, executor_of
 from mechsteer.hooks import Column, Intervention, check, columns_of, stacked_hooks
 from mechsteer.progress import bar
 from mechsteer.prompts import Prompts
@@ -59,59 +60,109 @@ def generate(
     model.check_slots(right, applied)
     # The last new token is never fed to the model, so that nothing can act on it.
     check(applied, model, right, n_new=max_new_tokens - 1)
-    columns = columns_of([applied], model.n_layers)
-    decoder = model.decoder if {site.kind for site in columns} <= set(PACKED_KINDS) else None
     eos = getattr(model.tokenizer, "eos_token_id", None) if stop_at_eos else None
-    n_ids = _n_ids(prompts.tokenizer)
-    new: list[list[int]] = [[] for _ in range(len(right) * samples)]
+    given = None if streams is None else tuple(streams)
+    work = _Generation(right, applied, choose, max_new_tokens, samples, seed, given, eos, _n_ids(prompts.tokenizer))
     # Prompts of like length share a batch.
     order = right.lengths.argsort(stable=True)
-    with torch.no_grad(), bar("tokens", len(new) * max_new_tokens, show=progress) as shown:
-        for once in order.split(max(1, batch_size // samples)):
+    batches = [tuple(once.tolist()) for once in order.split(max(1, batch_size // samples))]
+    new: list[list[int]] = [[] for _ in range(len(right) * samples)]
+    with executor_of(None) as executor, bar("tokens", len(new) * max_new_tokens, show=progress) as shown:
+        if executor is None or len(batches) == 1:
+            compute = work.bind(model, shown.advance)
+            found = (compute(batch) for batch in batches)
+        else:
+            found = computed(executor, model, work, batches, lambda b: shown.advance(len(b) * samples * max_new_tokens))
+        for written in found:
+            for row, tokens in written:
+                new[row] = tokens
+    copied = prompts if samples == 1 else prompts[torch.arange(len(prompts)).repeat_interleave(samples)]
+    return copied.with_completions(new)
+
+
+@dataclass(frozen=True, eq=False)
+class _Generation:
+    """What a process needs to complete batches of prompts, besides the model; arguments as of `generate`.
+
+    Attributes:
+        eos: the token that ends a completion; None for none.
+        n_ids: ids that may be generated; None for all.
+    """
+
+    right: Prompts
+    applied: tuple[Intervention, ...]
+    choose: "Choice"
+    max_new_tokens: int
+    samples: int
+    seed: int
+    streams: tuple[int, ...] | None
+    eos: int | None
+    n_ids: int | None
+
+    def bind(
+        self, model: "Model", advance: Callable[[int], object] = lambda n: None
+    ) -> Callable[[tuple[int, ...]], list[tuple[int, list[int]]]]:
+        """What completes a batch, given the places of its prompts: places in what is returned, with their tokens."""
+        right = model.prompts(self.right)
+        columns = columns_of([self.applied], model.n_layers)
+        decoder = model.decoder if {site.kind for site in columns} <= set(PACKED_KINDS) else None
+        device = right.tokens.device
+
+        def completed(batch: tuple[int, ...]) -> list[tuple[int, list[int]]]:
+            once = torch.tensor(batch, device=device)
             step = (
-                _Packed(decoder, right, once, columns, max_new_tokens)
+                _Packed(decoder, right, once, columns, self.max_new_tokens)
                 if decoder
                 else _Hooked(model, right, once, columns)
             )
-            first = step.logits(None)
-            # Of each row: its prompt, and its place in what is returned.
-            index = once.repeat_interleave(samples)
-            rows = index * samples + torch.arange(samples, device=index.device).repeat(len(once))
-            if samples > 1:
-                copies = torch.arange(len(once), device=index.device).repeat_interleave(samples)
-                step.keep(copies)
-                first = first[copies]
-            if choose.greedy:
-                draws = None
-            elif streams is None:
-                draws = uniform_draws(seed, rows, max_new_tokens)
-            else:
-                draws = stream_draws([streams[row] for row in rows.tolist()], max_new_tokens)
-            written = torch.full((len(index), max_new_tokens), -1, device=index.device)
-            # Of the rows that the model still runs: places in the batch, whether they go on, and their last tokens.
-            place, token = torch.arange(len(index), device=index.device), None
-            alive = torch.ones_like(place, dtype=torch.bool)
-            for n in range(max_new_tokens):
-                logits = (first if token is None else step.logits(token))[:, :n_ids]
-                _check_finite(logits, index[place], n, model)
-                token = choose(logits, None if draws is None else draws[place.cpu(), n])
-                written[place, n] = torch.where(alive, token, -1)
-                shown.advance(len(index))
-                if eos is None:
-                    continue
-                alive = alive & (token != eos)
-                n_alive = int(alive.sum())
-                if n_alive == 0:
-                    shown.advance(len(index) * (max_new_tokens - n - 1))
-                    break
-                if n_alive <= 0.75 * len(alive):  # Leaving rows out copies the cache of those that stay.
-                    kept = alive.nonzero().squeeze(1)
-                    step.keep(kept)
-                    place, token, alive = place[kept], token[kept], alive[kept]
-            for place_in_all, tokens in zip(rows.tolist(), written.tolist(), strict=True):
-                new[place_in_all] = [token for token in tokens if token >= 0]
-    copied = prompts if samples == 1 else prompts[torch.arange(len(prompts)).repeat_interleave(samples)]
-    return copied.with_completions(new)
+            with torch.no_grad():
+                return self._completed(step, once, model, advance)
+
+        return completed
+
+    def _completed(
+        self, step: "_Packed | _Hooked", once: Int[Tensor, " batch"], model: "Model", advance: Callable[[int], object]
+    ) -> list[tuple[int, list[int]]]:
+        samples, n_new = self.samples, self.max_new_tokens
+        first = step.logits(None)
+        # Of each row: its prompt, and its place in what is returned.
+        index = once.repeat_interleave(samples)
+        rows = index * samples + torch.arange(samples, device=index.device).repeat(len(once))
+        if samples > 1:
+            copies = torch.arange(len(once), device=index.device).repeat_interleave(samples)
+            step.keep(copies)
+            first = first[copies]
+        if self.choose.greedy:
+            draws = None
+        elif self.streams is None:
+            draws = uniform_draws(self.seed, rows, n_new)
+        else:
+            draws = stream_draws([self.streams[row] for row in rows.tolist()], n_new)
+        written = torch.full((len(index), n_new), -1, device=index.device)
+        # Of the rows that the model still runs: places in the batch, whether they go on, and their last tokens.
+        place, token = torch.arange(len(index), device=index.device), None
+        alive = torch.ones_like(place, dtype=torch.bool)
+        for n in range(n_new):
+            logits = (first if token is None else step.logits(token))[:, : self.n_ids]
+            _check_finite(logits, index[place], n, model)
+            token = self.choose(logits, None if draws is None else draws[place.cpu(), n])
+            written[place, n] = torch.where(alive, token, -1)
+            advance(len(index))
+            if self.eos is None:
+                continue
+            alive = alive & (token != self.eos)
+            n_alive = int(alive.sum())
+            if n_alive == 0:
+                advance(len(index) * (n_new - n - 1))
+                break
+            if n_alive <= 0.75 * len(alive):  # Leaving rows out copies the cache of those that stay.
+                kept = alive.nonzero().squeeze(1)
+                step.keep(kept)
+                place, token, alive = place[kept], token[kept], alive[kept]
+        return [
+            (row, [token for token in tokens if token >= 0])
+            for row, tokens in zip(rows.tolist(), written.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)

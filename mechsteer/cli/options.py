@@ -3,7 +3,8 @@
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -17,6 +18,7 @@ from mechsteer.errors import MechsteerError
 PREFIX = "Talk only about cats."
 CHAPTERS = ("behaviour", "entry", "travel", "vector", "strength", "features", "words", "together")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+EXECUTORS = ("local", "ray")
 STATUS = {
     0: "done",
     1: "a check fell short",
@@ -162,8 +164,44 @@ class Running:
     device: Device = None
     dtype: Dtype = "float32"
     seed: Annotated[int, typer.Option(min=0, help="Of all randomness.")] = 0
+    executor: Annotated[
+        str,
+        typer.Option(
+            help='Where the work is done: "local", this process; or "ray", workers on the cluster of the variable '
+            "RAY_ADDRESS or, without one, on this machine (pip install 'mechsteer\\[ray]').",
+            autocompletion=one_of(*EXECUTORS),
+        ),
+    ] = "local"
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of --executor ray. Default: as many as the cluster has room for.")
+    ] = None
     quiet: Quiet = False
     json: Json = False
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, work is done where `executor` says.
+
+        Raises:
+            MechsteerError: there is no such executor, or `workers` is not for it.
+        """
+        choice(self.executor, EXECUTORS, "--executor")
+        if self.executor == "local":
+            if self.workers is not None:
+                raise MechsteerError("--workers is for --executor ray: leave it out, or add that")
+            yield
+            return
+        from mechsteer.cli import terminal
+        from mechsteer.executors import RayExecutor, using
+
+        executor = RayExecutor(workers=self.workers)
+        try:
+            with terminal.status("joining the Ray cluster", quiet=self.quiet):
+                executor.connect()
+            with terminal.logged("mechsteer.executors", quiet=self.quiet), using(executor):
+                yield
+        finally:
+            executor.close()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -187,9 +225,12 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(each)
 
     def call(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{part.name: given.pop(part.name) for part in fields(group)})
-        command(**given)
+        with ExitStack() as inside:
+            for name, group in groups.items():
+                given[name] = group(**{part.name: given.pop(part.name) for part in fields(group)})
+                if isinstance(given[name], Running):
+                    inside.enter_context(given[name].computing())
+            command(**given)
 
     call.__name__, call.__doc__ = command.__name__, command.__doc__
     call.__annotations__ = {each.name: each.annotation for each in parameters}

@@ -1,6 +1,7 @@
 """What commands write to: people's consoles, and the one JSON document for machines."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
@@ -26,6 +27,29 @@ def err() -> Console:
 def status(what: str, *, quiet: bool = False) -> AbstractContextManager[Any]:
     """A spinner on standard error."""
     return nullcontext() if quiet else err().status(what)
+
+
+class _Lines(logging.Handler):
+    """Records as lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err().print(Text(f"  {record.getMessage()}"), style="dim")
+
+
+@contextmanager
+def logged(name: str, *, quiet: bool = False) -> Iterator[None]:
+    """Inside, what a logger of this name tells is shown on standard error: with `quiet` only warnings."""
+    log, handler = logging.getLogger(name), _Lines(logging.WARNING if quiet else logging.INFO)
+    before = log.level, log.propagate
+    log.setLevel(handler.level)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before[0])
+        log.propagate = before[1]
 
 
 @contextmanager

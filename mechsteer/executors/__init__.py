@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from mechsteer.errors import MechsteerError
-from mechsteer.executors.base import Executor, Failure, Work
+from mechsteer.executors.base import Executor, Failure, StoredWork, Work, computed
 from mechsteer.executors.ray_executor import RayExecutor
 
-__all__ = ["Executor", "Failure", "RayExecutor", "Work", "executor_of", "using"]
+__all__ = ["Executor", "Failure", "RayExecutor", "StoredWork", "Work", "computed", "executor_of", "using"]
 
 
 _CURRENT: ContextVar[Executor | None] = ContextVar("executor", default=None)
@@ -20,7 +20,8 @@ _CURRENT: ContextVar[Executor | None] = ContextVar("executor", default=None)
 
 @contextmanager
 def using(executor: "Executor | str | None") -> Iterator[Executor | None]:
-    """Let every sweep inside run on an executor: also those that patching, strength curves and the study make.
+    """Let an executor's workers do the work inside: sweeps, also those that patching, strength curves and the study
+    make; completions of many prompts; and the candidates of a prefix search.
 
         with ms.using("ray"):
             ms.activation_patching(model, clean, corrupt, measure=gap)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from mechsteer.errors import MechsteerError
 from mechsteer.folders import Folder
 
 
@@ -14,6 +15,11 @@ class Work(Protocol):
     def bind(self, model: Any) -> Callable[[Any], Any]:
         """What computes one item, on a model."""
         ...
+
+
+@runtime_checkable
+class StoredWork(Work, Protocol):
+    """Work whose results workers write into a folder."""
 
     def sink(self, folder: Folder, tag: str) -> Callable[[Sequence[Any]], None]:
         """What writes computed items into a folder, under names that hold `tag`."""
@@ -38,7 +44,7 @@ class Executor(Protocol):
             model: the Model to compute with.
             work: what to compute.
             items: of the work: values that can be hashed and compared, each once.
-            folder: where workers write what they have computed; None for nowhere.
+            folder: where workers write what they have computed, as `StoredWork` says; None for nowhere.
 
         Yields:
             An item, and what came out; or a Failure, if it failed every time it was tried.
@@ -47,3 +53,22 @@ class Executor(Protocol):
             MechsteerError: nothing can be computed, or nothing written; what is in the folder stays.
         """
         ...
+
+
+def computed(
+    executor: Executor, model: Any, work: Work, items: Sequence[Any], came: Callable[[Any], object] = lambda item: None
+) -> Iterator[Any]:
+    """What comes out of work whose every item is needed, as it comes.
+
+    Args:
+        executor, model, work, items: as for `Executor.run`.
+        came: called with each item that came out.
+
+    Raises:
+        MechsteerError: an item failed every time; or as `Executor.run`.
+    """
+    for item, outcome in executor.run(model, work, items, folder=None):
+        if isinstance(outcome, Failure):
+            raise MechsteerError(f"A worker failed every time it tried: {outcome.reason}")
+        came(item)
+        yield outcome

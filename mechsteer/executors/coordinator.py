@@ -52,7 +52,7 @@ class Coordinator:
         """Whether it was started, and whether it has ended."""
         return self._crew is not None, self._ended
 
-    def events(self, since: int, told: int) -> tuple[list[tuple[Any, Any]], list[str], bool, str | None]:
+    def events(self, since: int, told: int) -> tuple[list[tuple[Any, Any]], list[tuple[int, str]], bool, str | None]:
         """What came out after the first `since` items; the log's lines after the first `told`; whether all has ended,
         and the error that it ended with."""
         ended = self._ended  # before the events are read: none is missed
@@ -120,8 +120,8 @@ def _told(coordinator: Any) -> Iterator[tuple[Any, Any]]:
     ended, error = False, None
     while not ended:
         events, log, ended, error = ray.get(coordinator.events.remote(seen, told))
-        for line in log:
-            LOG.info(line)
+        for level, line in log:
+            LOG.log(level, line)
         seen, told = seen + len(events), told + len(log)
         yield from events
         if not ended:

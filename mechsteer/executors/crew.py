@@ -35,6 +35,8 @@ LOG_NAME = "executor.log"
 _SECONDS = 2.0
 # Variables that decide whether a model may be loaded, and from where.
 _ENVIRONMENT = ("HF_", "TRANSFORMERS_")
+# Seconds without a worker after which that is told.
+_WAIT = 60.0
 # Starts of workers that may fail one after the other.
 _STARTS = 3
 # Errors that mean that nothing can be written any more, whoever tries.
@@ -117,11 +119,11 @@ class Crew:
     """Workers that hold one model.
 
     Attributes:
-        log: lines that say what happened to workers and items.
+        log: levels, and lines that say what happened to workers and items.
     """
 
     def __init__(self, executor: "RayExecutor", model: "list[ray.ObjectRef]", gpus: int) -> None:
-        self.log: list[str] = []
+        self.log: list[tuple[int, str]] = []
         self._model, self._attempts = model, executor.attempts
         share = float(gpus) if executor.gpus is None else executor.gpus
         self._options = {"num_cpus": executor.cpus, "num_gpus": share, "max_restarts": 0, "max_task_retries": 0}
@@ -133,6 +135,7 @@ class Crew:
         self._failed_starts = 0
         self._where: dict[Any, str] = {}
         self._closed = threading.Event()
+        self._sent: tuple[Any, str, list[ray.ObjectRef]] = None, "", []  # the work of before, which may come again
         self._kept: tuple[Folder | None, str] = (None, "")  # where the log goes, and what stood there before
 
     @staticmethod
@@ -144,12 +147,14 @@ class Crew:
         """See `mechsteer.executors.Executor.run`."""
         self._keep_log(folder)
         began = time.perf_counter()
-        name, reference = uuid.uuid4().hex, [ray.put(work)]
+        if self._sent[0] is not work:
+            self._sent = work, uuid.uuid4().hex, [ray.put(work)]
+        _, name, reference = self._sent
         pending = deque(enumerate(items))
         tries = [0] * len(items)
         alone: set[int] = set()  # items that a worker died of, or may have: one at a time, to tell which
         busy: dict[Any, tuple[Any, list[tuple[int, Any]]]] = {}
-        seconds, computed = 0.0, 0
+        seconds, computed, told = 0.0, 0, False
         try:
             while (pending or busy) and not self._closed.is_set():
                 self._start(min(len(pending) + len(busy), self._room()) - len(busy))
@@ -157,6 +162,9 @@ class Crew:
                     share = self._share(pending, alone, seconds / computed if computed else None, len(busy) + 1)
                     worker = self._idle.pop()
                     busy[worker.compute.remote(name, reference, share, folder)] = worker, share
+                if not busy and not self._idle and time.perf_counter() - began > _WAIT and not told:
+                    told = True
+                    self._tell(f"no worker has started in {_WAIT:.0f} s: the cluster may have no room", logging.WARNING)
                 waiting = [*busy, *self._starting]
                 ready, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
                 for each in ready:
@@ -210,13 +218,13 @@ class Crew:
         self._kept = folder, folder.read_text(LOG_NAME) if folder is not None and there else ""
         self.log.clear()
 
-    def _tell(self, line: str) -> None:
-        LOG.info(line)
-        self.log.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+    def _tell(self, line: str, level: int = logging.INFO) -> None:
+        LOG.log(level, line)
+        self.log.append((level, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}"))
         folder, before = self._kept
         if folder is not None:
             with suppress(OSError):  # a full disk is told of when results cannot be written
-                folder.write_text(LOG_NAME, before + "".join(f"{each}\n" for each in self.log))
+                folder.write_text(LOG_NAME, before + "".join(f"{each}\n" for _, each in self.log))
 
     def _room(self) -> int:
         """How many workers the cluster has room for, or were asked for."""

@@ -95,6 +95,8 @@ class RayExecutor:
         if not ray.is_initialized():
             address = self.address or os.environ.get("RAY_ADDRESS") or "local"
             options: dict[str, Any] = {"address": address, "namespace": NAMESPACE, "logging_level": "warning"}
+            # What happens to workers is in the log; their output would mix with the results of a command.
+            options["log_to_driver"] = False
             if address == "local":
                 options["include_dashboard"] = False
             _check_answers(address)
@@ -114,22 +116,24 @@ class RayExecutor:
 
     def close(self) -> None:
         """Stop the workers, and the cluster if this executor started it."""
-        import ray
+        self._dismiss()
+        if self._started:
+            import ray
 
+            ray.shutdown()
+            self._started = False
+
+    def _dismiss(self) -> None:
         if self._crew is not None:
             self._crew[1].close()
             self._crew = None
-        if self._started and ray.is_initialized():
-            ray.shutdown()
-            self._started = False
 
     def _crew_for(self, model: Any) -> "Crew":
         """The workers that hold this model: those of before, or new ones."""
         from mechsteer.executors.crew import Crew
 
         if self._crew is not None and self._crew[0] != model.id.hash:
-            self._crew[1].close()
-            self._crew = None
+            self._dismiss()
         if self._crew is None:
             self._crew = model.id.hash, Crew.of(self, model)
         return self._crew[1]
@@ -138,6 +142,7 @@ class RayExecutor:
         """Through a coordinator that outlives this process; the folder, and what is in it, tell which."""
         from mechsteer.executors.coordinator import follow
 
+        self._dismiss()  # the coordinator's workers take the room of those of this process
         about = "\n".join([str(folder), *(folder.read_text(name) for name in folder.names() if name == MANIFEST)])
         name = hashlib.sha256(about.encode()).hexdigest()[:24]
         yield from follow(self, f"mechsteer-{name}", model, work, items, folder)

@@ -1,6 +1,6 @@
 """Exact losses of many candidate prefixes over a batch of requests, and the gradient at a prefix's embeddings."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from mechsteer.backends.decoder import Alike, Cache, Capture
 from mechsteer.backends.packing import Pack, whole_pack
 from mechsteer.costs import CANDIDATE_EVEN, CANDIDATE_LOGITS, CANDIDATE_TOKENS
 from mechsteer.errors import MechsteerError
+from mechsteer.executors import computed, executor_of
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.objectives.base import check_examples
@@ -55,6 +56,36 @@ class _Base:
     caches: list[Cache]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Candidates of one length on some of the prompts, which are computed at once.
+
+    Attributes:
+        chunk: of the prompts.
+        places: of the candidates among all.
+        ids: of each candidate.
+        same: how many first tokens each shares with `base`.
+        base: a prefix.
+    """
+
+    chunk: int
+    places: tuple[int, ...]
+    ids: tuple[Ids, ...]
+    same: tuple[int, ...]
+    base: Ids
+
+
+@dataclass(frozen=True, eq=False)
+class _Work:
+    """What a worker needs to compute parts, besides the model."""
+
+    prompts: Prompts
+    objective: Objective
+
+    def bind(self, model: Model) -> Callable[[Part], tuple[Part, Float[np.ndarray, "candidate prompt"], float]]:
+        return CandidateLosses(model, self.prompts, self.objective).part
+
+
 class CandidateLosses:
     """The loss of a prefix: an objective over all prompts with the prefix in place, lower is better.
 
@@ -82,7 +113,9 @@ class CandidateLosses:
         self._id = model.id
         self._layouts: dict[int, Layout] = {}
         self._weights: dict[int, Tensor] = {}
+        self._chunked: dict[int, Sequence[Tensor]] = {}
         self._base: _Base | None = None
+        self._work = _Work(self.prompts, objective)
         self.flops = 0.0
         device = model.device.type
         self._tokens = CANDIDATE_TOKENS.get(device, CANDIDATE_TOKENS["cuda"])
@@ -139,26 +172,47 @@ class CandidateLosses:
         return losses.cpu().numpy()
 
     def values(self, candidates: Sequence[Ids], *, base: Ids | None = None) -> Float[Tensor, "candidate prompt"]:
-        """The objective itself, of every candidate on every prompt."""
-        base = base or candidates[0]
+        """The objective itself, of every candidate on every prompt; by the workers of the surrounding `using`."""
         out = torch.zeros(len(candidates), len(self.prompts), dtype=torch.float64, device=self.model.device)
-        same = torch.tensor([_common(ids, base) for ids in candidates], device=out.device)
+        parts = list(self._parts(candidates, base or candidates[0]))
+        with executor_of(None) as executor:
+            if executor is None or len(parts) == 1:
+                found = (self.part(each) for each in parts)
+            else:
+                found = computed(executor, self.model, self._work, parts)
+            for part, values, flops in found:
+                self.flops += flops
+                where = self._chunks(len(part.ids[0]))[part.chunk].cpu()
+                out[torch.tensor(part.places)[:, None], where[None]] = torch.from_numpy(values).to(out)
+        return out
+
+    def _parts(self, candidates: Sequence[Ids], base: Ids) -> Iterator["Part"]:
+        """The candidates in batches, for each chunk of the prompts."""
+        same = [_common(ids, base) for ids in candidates]
         for n in sorted({len(ids) for ids in candidates}):
             # Those that start at the same place stand next to each other: less padding.
-            members = sorted((i for i, ids in enumerate(candidates) if len(ids) == n), key=lambda i: -int(same[i]))
-            index = torch.tensor(members, device=out.device)
-            ids = torch.tensor([candidates[i] for i in members], device=out.device)
+            members = sorted((i for i, ids in enumerate(candidates) if len(ids) == n), key=lambda i: -same[i])
             for number, chunk in enumerate(self._chunks(n)):
                 layout = self.layout(n)
                 cost = max(1, int((layout.stop - layout.first)[chunk].clamp(min=1).sum()))
                 reads = max(1, int(layout.read[chunk].sum())) * self.model.d_vocab
                 size = max(1, min(self._tokens // cost, self._logits // reads))
-                for part in torch.arange(len(members), device=out.device).split(size):
-                    with torch.no_grad():
-                        run = self._run(layout, chunk, number, ids[part], same[index[part]], base)
-                        found = self.objective(run).view(len(chunk), len(part)).T
-                    out[index[part][:, None], chunk[None]] = found.to(out)
-        return out
+                for start in range(0, len(members), size):
+                    places = tuple(members[start : start + size])
+                    ids = tuple(tuple(candidates[i]) for i in places)
+                    yield Part(number, places, ids, tuple(same[i] for i in places), tuple(base))
+
+    def part(self, part: "Part") -> tuple["Part", Float[np.ndarray, "candidate prompt"], float]:
+        """The objective of a batch of candidates, and the operations that it took."""
+        before, device = self.flops, self.model.device
+        layout, n = self.layout(len(part.ids[0])), len(part.places)
+        chunk = self._chunks(len(part.ids[0]))[part.chunk]
+        ids, same = torch.tensor(part.ids, device=device), torch.tensor(part.same, device=device)
+        with torch.no_grad():
+            run = self._run(layout, chunk, part.chunk, ids, same, part.base)
+            values = self.objective(run).view(len(chunk), n).T.double().cpu().numpy()
+        flops, self.flops = self.flops - before, before
+        return part, values, flops
 
     def gradient(self, ids: Ids) -> tuple[float, Float[Tensor, "slot d_model"]]:
         """The loss of a prefix (without fluency), and its gradient with respect to the prefix's embeddings.
@@ -222,14 +276,16 @@ class CandidateLosses:
             found = F.log_softmax(precise(rows), -1).view(len(candidates), -1, self.model.d_vocab)
         return found if first else F.pad(found, (0, 0, 1, 0))
 
-    def _chunks(self, n: int) -> Iterator[Int[Tensor, " _"]]:
+    def _chunks(self, n: int) -> Sequence[Int[Tensor, " _"]]:
         """Indices of prompts that are computed together; the same ones for every length."""
-        layout = self.layout(n)
-        count = len(layout.prompts)
-        # From the prompts without a prefix, so that caches fit candidates of other lengths.
-        longest, reads = int(self.prompts.lengths.max()), max(1, int(layout.read.sum(1).max()))
-        size = max(1, min(count, self._tokens // longest, self._logits // (reads * self.model.d_vocab)))
-        yield from torch.arange(count, device=layout.prompts.tokens.device).split(size)
+        if n not in self._chunked:
+            layout = self.layout(n)
+            count = len(layout.prompts)
+            # From the prompts without a prefix, so that caches fit candidates of other lengths.
+            longest, reads = int(self.prompts.lengths.max()), max(1, int(layout.read.sum(1).max()))
+            size = max(1, min(count, self._tokens // longest, self._logits // (reads * self.model.d_vocab)))
+            self._chunked[n] = torch.arange(count, device=layout.prompts.tokens.device).split(size)
+        return self._chunked[n]
 
     def _items(self, layout: Layout, chunk: Int[Tensor, " _"], ids: Int[Tensor, "cell slot"]) -> Prompts:
         """The prompts of a chunk with each prefix in place, ordered by prompt, then prefix."""

@@ -197,6 +197,8 @@ def test_an_answer_from_before_marks_is_still_shown(tmp_path: Path, capsys: pyte
         (["--method", "path", "--receivers", "blocks.0.hook_nothing"], "hook_nothing"),
         (["--top", "0"], "--top"),
         (["--dtype", "int3"], "--dtype 'int3' is none of float32, float64, bfloat16, float16"),
+        (["--executor", "spark"], "--executor 'spark' is none of local, ray"),
+        (["--workers", "2"], "--workers is for --executor ray: leave it out, or add that"),
         (["--device", "abacus"], "--device 'abacus' cannot be used here ("),
         (["--model", "{folder}/model"], "model"),
         (["--out", "{folder}/other"], "is not empty and holds nothing of `mechsteer patch` (it holds thesis.tex)"),

@@ -94,6 +94,43 @@ def test_using_reaches_the_sweeps_inside_and_ends(model: ms.Model) -> None:
         assert chosen is None
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_completions_are_those_of_this_process(model: ms.Model, drawn: bool) -> None:
+    asked = ["Tell me a joke.", "Write a poem.", "Give me some advice about the garden.", "Let us talk.", "Hello."]
+    prompts = ms.Prompts.from_chats(asked, model)
+    vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(0))
+    how: dict[str, Any] = {"max_new_tokens": 12, "batch_size": 2, "progress": False}
+    how |= {"interventions": [ms.Add(ms.Direction(vector, ms.Site("resid_post", 3)), 2.0)]}
+    how |= {"temperature": 1.0, "seed": 7} if drawn else {}
+    expected = model.generate(prompts, **how).completions
+    with ms.using(executor := Elsewhere()):
+        assert model.generate(prompts, **how).completions == expected
+    assert executor.n == 3 and len(set(expected)) > 1
+    with ms.using(Elsewhere(fails=1)), pytest.raises(ms.MechsteerError, match="failed every time it tried: no luck"):
+        model.generate(prompts, **how)
+
+
+def test_losses_of_candidates_are_those_of_this_process_bit_for_bit(
+    model: ms.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mechsteer.prefix import candidates
+
+    monkeypatch.setitem(candidates.CANDIDATE_TOKENS, "cpu", 128)  # several batches
+    prompts = ms.Prompts.from_chats(["Tell me a joke.", "Write a poem.", "Hello."], model)
+    prompts = prompts.with_completions(model.generate(prompts, max_new_tokens=6, progress=False).completions)
+    generator = torch.Generator().manual_seed(0)
+    tried = [tuple(row) for row in torch.randint(10, 3000, (12, 3), generator=generator).tolist()]
+    tried += [each[:2] for each in tried[:3]]
+    losses = candidates.CandidateLosses(model, prompts, ms.TeacherForcedCE())
+    expected, flops = losses.of(tried, base=tried[4]), losses.flops
+    again = candidates.CandidateLosses(model, prompts, ms.TeacherForcedCE())
+    with ms.using(executor := Elsewhere()):
+        assert np.array_equal(again.of(tried, base=tried[4]), expected)
+    assert executor.n > 2 and again.flops > 0.9 * flops
+    one = candidates.CandidateLosses(model, prompts, ms.TeacherForcedCE())
+    np.testing.assert_allclose([one.of([ids])[0] for ids in tried], expected, atol=1e-5)
+
+
 def test_what_fails_is_told_at_the_end_with_its_place_and_tried_again(
     model: ms.Model, here: ms.Result, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """Sweeps on Ray clusters of several nodes on this machine: the same numbers, whatever happens to workers and driver."""
 
+import json
 import os
 import signal
 import subprocess
@@ -289,6 +290,22 @@ def test_ctrl_c_stops_the_work_on_the_cluster(cluster: Any, model: ms.Model, tmp
     left = shards(out)
     time.sleep(4)
     assert shards(out) == left and not (out / "result.safetensors").exists()
+
+
+def test_commands_take_an_executor(tmp_path: Path) -> None:
+    def said(*arguments: str) -> tuple[Any, str]:
+        words = [sys.executable, "-c", "from mechsteer.cli import main; main()", "patch", "--layers", "2,3", "--json"]
+        done = subprocess.run([*words, *arguments], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr
+
+    ray_said, told = said("--executor", "ray", "--workers", "2", "--out", str(tmp_path / "ray"))
+    assert "worker on" in told and "items in" in told and "lost the worker" not in told
+    here, told = said("--out", str(tmp_path / "here"))
+    assert "worker on" not in told
+    assert [each["share"] for each in ray_said["cells"]] == pytest.approx(
+        [each["share"] for each in here["cells"]], abs=1e-4
+    )
 
 
 @pytest.fixture
