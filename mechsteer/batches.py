@@ -170,7 +170,7 @@ class Grid:
                 while left:
                     batch, _ = self.first(chunk, group, left, rows)
                     left = left[len(batch.places) :]
-                    if not done[np.ix_(self.members(batch), self.prompts(batch))].all():
+                    if not done[np.asarray(self.members(batch))[:, None], self.prompts(batch)].all():
                         found.append(batch)
         return found
 

@@ -71,7 +71,7 @@ class Parcel:
 
     @staticmethod
     def of(value: Any) -> "Parcel":
-        from ray import cloudpickle
+        from ray.cloudpickle import cloudpickle
 
         share_tensors()
         buffers: list[Any] = []

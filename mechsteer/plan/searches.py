@@ -67,7 +67,7 @@ def plan_prefix(
         completion: tokens of each completion, which are scored; 0 where the last token's logits are.
         validation: prompts that say when the soft prefix stops.
         text: whether there is a tokenizer, with which candidates are checked as text.
-        device, workers, dtype, tf32: as for `plan_sweep`. A search goes step by step and takes one worker.
+        device, workers, dtype, tf32: as for `plan_sweep`. A search is planned for one worker.
 
     Raises:
         MechsteerError: a number is out of range, or something has an unknown name.
