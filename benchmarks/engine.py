@@ -111,6 +111,7 @@ def alphas(model: ms.Model, at: int | None) -> tuple[Callable[[], Any], ...]:
     """41 strengths of a vector at the middle layer on 16 prompts: one token's probability at the last position."""
     prompts, layer = tokens(model, N_PROMPTS, 2), model.n_layers // 2
     vector = torch.randn(model.d_model, generator=torch.Generator().manual_seed(3)) * 0.1
+    pushed = vector.to(model.device, model.dtype)
     direction = ms.Direction(vector[None], site=ms.Site("resid_post", layer), model=None, origin={})
     name = f"blocks.{layer}.hook_resid_post"
 
@@ -120,8 +121,8 @@ def alphas(model: ms.Model, at: int | None) -> tuple[Callable[[], Any], ...]:
 
             def add(resid: torch.Tensor, hook: Any, alpha: float = alpha) -> torch.Tensor:
                 if at is None:
-                    return resid + alpha * vector
-                resid[:, at] = resid[:, at] + alpha * vector
+                    return resid + alpha * pushed
+                resid[:, at] = resid[:, at] + alpha * pushed
                 return resid
 
             logits = model.hooked.run_with_hooks(prompts, fwd_hooks=[(name, add)])
@@ -140,13 +141,18 @@ def alphas(model: ms.Model, at: int | None) -> tuple[Callable[[], Any], ...]:
     return peer, peer, ours
 
 
-_flops: list[float] = []
+_flops: list[float] = []  # of the last sweep: done, and the least that its cells need
+
+
+def operations() -> float:
+    """Floating-point operations of the last sweep."""
+    return _flops[0]
 
 
 def sweep(model: ms.Model, prompts: torch.Tensor, **options: Any) -> torch.Tensor:
     result = ms.sweep(model, prompts, progress=False, **options)
     done = result.provenance["options"]
-    _flops[:] = [done["flops"] / done["least_flops"]]
+    _flops[:] = [done["flops"], done["least_flops"]]
     (name,) = result.data.data_vars
     return torch.from_numpy(result[str(name)].values)
 
@@ -168,7 +174,7 @@ def measure(work: str, model: ms.Model, sides: tuple[Callable[[], Any], ...], ru
     # On the scale of the values, with which the fp32 rounding of both sides grows.
     expected = values[0].cpu().float()
     difference = float((values[2] - expected).abs().max()) / max(1.0, float(expected.abs().max()))
-    return Outcome(work, model.name, *(statistics.median(each) for each in times), difference, _flops[0])
+    return Outcome(work, model.name, *(statistics.median(each) for each in times), difference, _flops[0] / _flops[1])
 
 
 def main() -> int:

@@ -37,8 +37,10 @@ BARS = {
 }
 
 
-def stream(model: ms.Model, prompt: torch.Tensor) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
-    """The last position behind the last block as a function of the same before the first, and its clean argument."""
+def stream(
+    model: ms.Model, prompt: torch.Tensor, source: tuple[str, int] = SOURCE, target: tuple[str, int] = TARGET
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """The last position at the target as a function of the same at the source, and its clean argument."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
         taken = {}
@@ -49,11 +51,11 @@ def stream(model: ms.Model, prompt: torch.Tensor) -> tuple[Callable[[torch.Tenso
         def take(resid: torch.Tensor, hook: Any) -> None:
             taken["y"] = resid[0, -1]
 
-        hooks = [(ms.Site(*SOURCE).hook_name, put), (ms.Site(*TARGET).hook_name, take)]
+        hooks = [(ms.Site(*source).hook_name, put), (ms.Site(*target).hook_name, take)]
         model.hooked.run_with_hooks(prompt, return_type=None, fwd_hooks=hooks)
         return taken["y"]
 
-    return run, model.run(prompt, record=[SOURCE], logits="none").activations[ms.Site(*SOURCE)][0, -1]
+    return run, model.run(prompt, record=[source], logits="none").activations[ms.Site(*source)][0, -1]
 
 
 def row_by_row(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -75,13 +75,14 @@ class Outcome(NamedTuple):
         return any(not 1 / (1 + BAR) <= ratio <= 1 + BAR for ratio in self.ratios)
 
 
-def model_of(shape: ms.Shape) -> ms.Model:
+def model_of(shape: ms.Shape, device: str | None = None, dtype: torch.dtype = torch.float32) -> ms.Model:
     """A random model of this shape, without a tokenizer."""
     cfg = HookedTransformerConfig(
         n_layers=shape.layers, d_model=shape.d_model, n_ctx=1024, d_head=shape.d_head, n_heads=shape.heads,
         n_key_value_heads=shape.kv_heads, d_mlp=shape.d_mlp, d_vocab=shape.vocab, act_fn="silu", gated_mlp=True,
         normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=shape.d_head, seed=0,
-        model_name=f"random {shape.name}", device="cuda" if torch.cuda.is_available() else "cpu",
+        model_name=f"random {shape.name}", dtype=dtype,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )  # fmt: skip
     return ms.Model(HookedTransformer(cfg).eval(), name=f"random {shape.name}")
 

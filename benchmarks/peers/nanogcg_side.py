@@ -3,7 +3,8 @@
 Reads one job (JSON) a line from standard input, and answers each with one line (JSON) on standard output:
 
     job     folder, template, messages (with "{optim_str}" in one), target, start (text), width, top_k, batch or null,
-            seconds, seed, threads, clock ("wall", or "cpu" for this process's own time)
+            seconds, seed, threads, clock ("wall", or "cpu" for this process's own time), and where they are not "cpu"
+            and "float32", device and dtype
     answer  before, after, target, start, best (ids), start_loss, best_loss, candidates, seconds, and steps: one
             [seconds since the start, candidates so far, lowest loss so far] a step
 
@@ -53,7 +54,7 @@ class Timed(GCG):
 
 
 @lru_cache(maxsize=1)
-def loaded(folder: str, template: str) -> tuple[Any, Any]:
+def loaded(folder: str, template: str, device: str, dtype: str) -> tuple[Any, Any]:
     """The model and its tokenizer: newer files name a tokenizer class and a template file that 4.47 has not."""
     settings = json.loads((Path(folder) / "tokenizer_config.json").read_text())
     special = {
@@ -63,13 +64,14 @@ def loaded(folder: str, template: str) -> tuple[Any, Any]:
         tokenizer_file=str(Path(folder) / "tokenizer.json"), clean_up_tokenization_spaces=False, **special
     )
     tokenizer.chat_template = template
-    model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+    model = model.to(device).eval().requires_grad_(False)
     return model, tokenizer
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(job["threads"])
-    model, tokenizer = loaded(job["folder"], job["template"])
+    model, tokenizer = loaded(job["folder"], job["template"], job.get("device", "cpu"), job.get("dtype", "float32"))
     config = nanogcg.GCGConfig(
         num_steps=10**9, optim_str_init=job["start"], search_width=job["width"], batch_size=job["batch"],
         topk=job["top_k"], seed=job["seed"], use_prefix_cache=True, verbosity="ERROR",

@@ -96,7 +96,8 @@ class Jacobian:
 
     def reaches(self) -> bool:
         """Whether y depends on x at all."""
-        return torch.autograd.grad(self.y.sum(), self.x, retain_graph=True, allow_unused=True)[0] is not None
+        ones = torch.ones_like(self.y)
+        return torch.autograd.grad(self.y, self.x, ones, retain_graph=True, allow_unused=True)[0] is not None
 
     def __repr__(self) -> str:
         return markup.told("Jacobian", {"y": self.y, "x": self.x})
@@ -155,7 +156,8 @@ class Trace:
     def at(self, stage: int) -> Float[Tensor, "batch d_model"]:
         """The stream at a stage where pushes arrive."""
         value, _, where = self.points[stage]
-        return value[where(self.stop)]
+        with torch.enable_grad():  # whatever the caller does: this is part of the graph
+            return value[where(self.stop)]
 
     def jacobian(self, source: int, target: int | None) -> Jacobian:
         """From one stage to a later one, or to the end (None)."""

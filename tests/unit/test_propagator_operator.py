@@ -70,6 +70,25 @@ def differences(run: Any, v: torch.Tensor, step: float = 1e-5) -> torch.Tensor:
         return (run(step * v) - run(-step * v)) / (2 * step)
 
 
+def test_where_gradients_are_switched_off(wide: Callable[..., ms.Model]) -> None:
+    """As users of TransformerLens have them for a whole notebook."""
+    model, prompts = wide("llama"), ragged()
+    v = torch.randn(model.d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def made() -> list[torch.Tensor]:
+        J = ms.Propagator(model, prompts, SOURCE, TARGET)
+        gap = ms.Propagator(model, prompts, SOURCE, ms.LogitGap([5], [7]))
+        found = [J.mv(v), J.rmv(v), J.svd(3).S, gap.dense(), J.identity_share().data["rest"].values]
+        return [torch.as_tensor(each) for each in found]
+
+    expected = made()
+    with torch.no_grad():
+        found = made()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
+    assert not torch.allclose(expected[0], v.expand_as(expected[0]))
+
+
 def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     assert got.shape == expected.shape
     worst = float((got - expected).abs().max())
