@@ -145,6 +145,7 @@ def test_the_filler_is_the_one_that_says_least(findings: Findings) -> None:
     assert added < 0.2 * (contrast["ce_prefix"] - contrast["ce_plain"])  # next to nothing, beside the prefix
 
 
+@pytest.mark.slow
 def test_a_contrast_of_the_users_own(model: ms.Model) -> None:
     case = _case(model, contrast="Talk only about trains.")
     findings = CHAPTER.measure(case)
@@ -155,6 +156,7 @@ def test_a_contrast_of_the_users_own(model: ms.Model) -> None:
     assert "as you asked" in _text(findings)
 
 
+@pytest.mark.slow
 def test_too_few_requests_are_not_tested(model: ms.Model) -> None:
     findings = CHAPTER.measure(_case(model, search=SEARCH[:3]))
     assert "matters" not in findings.results["sites"].data

@@ -263,6 +263,7 @@ def test_sentences_follow_the_numbers(findings: Findings) -> None:
     assert any("One side is the same for all pushes" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_without_a_judge_the_gap_counts() -> None:
     case = small("pocket", each=3, max_new_tokens=8)
     case.__dict__["judge"] = None

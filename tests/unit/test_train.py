@@ -53,6 +53,7 @@ def test_a_finished_folder_is_a_hugging_face_folder_without_pickles(uninterrupte
     assert not any("checkpoint" in name for name in names)
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tokenizer, tmp_path: Path) -> None:
     import json
 

@@ -202,6 +202,7 @@ def requests(model: ms.Model, seed: int, n: int, split: Any) -> tuple[ms.Prompts
     return ms.Prompts.from_chats(locked, model), ms.Prompts.from_chats(other, model)
 
 
+@pytest.mark.slow
 def test_a_rank_one_edit_ends_declining_or_spreads_it_and_leaves_documents_alone() -> None:
     model = ms.load_model("pocket", device="cpu")
     locked, harmless = requests(model, 0, 150, "train")
