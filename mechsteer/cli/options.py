@@ -175,6 +175,10 @@ class Running:
     workers: Annotated[
         int | None, typer.Option(min=1, help="Of --executor ray. Default: as many as the cluster has room for.")
     ] = None
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of each worker, such as 0.5. Default: as many as the model is on."),
+    ] = None
     quiet: Quiet = False
     json: Json = False
 
@@ -187,14 +191,15 @@ class Running:
         """
         choice(self.executor, EXECUTORS, "--executor")
         if self.executor == "local":
-            if self.workers is not None:
-                raise MechsteerError("--workers is for --executor ray: leave it out, or add that")
+            for name in ("workers", "gpus"):
+                if getattr(self, name) is not None:
+                    raise MechsteerError(f"--{name} is for --executor ray: leave it out, or add that")
             yield
             return
         from mechsteer.cli import terminal
         from mechsteer.executors import RayExecutor, using
 
-        executor = RayExecutor(workers=self.workers)
+        executor = RayExecutor(workers=self.workers, gpus=self.gpus)
         try:
             with terminal.status("joining the Ray cluster", quiet=self.quiet):
                 executor.connect()

@@ -198,6 +198,7 @@ def test_an_answer_from_before_marks_is_still_shown(tmp_path: Path, capsys: pyte
         (["--top", "0"], "--top"),
         (["--dtype", "int3"], "--dtype 'int3' is none of float32, float64, bfloat16, float16"),
         (["--executor", "spark"], "--executor 'spark' is none of local, ray"),
+        (["--gpus", "0.5"], "--gpus is for --executor ray: leave it out, or add that"),
         (["--workers", "2"], "--workers is for --executor ray: leave it out, or add that"),
         (["--device", "abacus"], "--device 'abacus' cannot be used here ("),
         (["--model", "{folder}/model"], "model"),
