@@ -4,10 +4,11 @@
     python benchmarks/card.py --peer-python PATH            # with nanoGCG; see prefix.py
     python benchmarks/card.py --shape small --device cpu --dtype float32 --runs 1
 
-Each line is one piece of work, done by TransformerLens (or nanoGCG) and by mechsteer, turn by turn on the same device;
-weights are random, which changes no time. *Share* is the rate of the operations that mechsteer did, over the rate of a
-large product of matrices on the same device, in the same run and type: operations that a cache saves do not count.
-*Difference* is that of the values, over the largest of them: in bf16 of two roundings, not of right and wrong.
+Each line is one piece of work, done by TransformerLens and by mechsteer, turn by turn on the same device, or by nanoGCG
+for 20 seconds, after mechsteer's turns. Weights are random, which changes no time. *Share* is the rate of the
+operations that mechsteer did, over the rate of a large product of matrices on the same device, in the same run and
+type: operations that a cache saves do not count. *Difference* is that of the values, over the largest of them: in bf16
+of two roundings, not of right and wrong.
 """
 
 import argparse

@@ -97,10 +97,11 @@ class Grid:
         engine: what computes them.
         cells: all of them.
         groups: those that can be stacked.
+        chunk: how many tokens these have, at most.
         chunks: indices of prompts whose clean pass is kept at a time.
     """
 
-    def __init__(self, engine: Engine, cells: Sequence[Cell]) -> None:
+    def __init__(self, engine: Engine, cells: Sequence[Cell], *, chunk: int | None = None) -> None:
         by_shape: dict[Any, list[int]] = {}
         for index, cell in enumerate(cells):
             by_shape.setdefault(shape_of(cell), []).append(index)
@@ -108,15 +109,15 @@ class Grid:
             engine.model.check_slots(engine.prompts, cells[members[0]])
         self.engine, self.cells = engine, cells
         self.groups = [Group.of(engine, members, cells) for members in by_shape.values()]
-        self._chunk = CHUNK.get(engine.model.device.type, CHUNK["cuda"])
-        self.chunks = list(_chunks(engine.prompts, self._chunk))
+        self.chunk = chunk or CHUNK.get(engine.model.device.type, CHUNK["cuda"])
+        self.chunks = list(_chunks(engine.prompts, self.chunk))
         # Of the chunk, and of the chunk and group, that are computed now: every batch of them asks.
         self._clean: tuple[int, Clean | None] = (-1, None)
         self._counted: tuple[tuple[int, int], tuple[list[int], int]] = ((-1, -1), ([], 0))
 
     def memory(self, rows: int) -> Memory:
         """What is held at its largest with batches of so many rows."""
-        return self.engine.memory([group.stage for group in self.groups], rows=rows, chunk=self._chunk)
+        return self.engine.memory([group.stage for group in self.groups], rows=rows, chunk=self.chunk)
 
     def check_memory(self) -> None:
         """Refuse what does not fit in the memory that is free, whatever the batches.

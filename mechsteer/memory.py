@@ -1,5 +1,6 @@
 """How much memory a call needs, how much there is, and one line about it before work starts."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -147,7 +148,12 @@ def of_folder(folder: Path, dtype: torch.dtype) -> int | None:
 
     count = 0
     try:
-        for path in sorted(folder.glob("*.safetensors")):
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():  # some folders hold the same weights once more under other names
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        else:
+            names = {"model.safetensors"} if (folder / "model.safetensors").is_file() else {"*.safetensors"}
+        for path in sorted(path for name in names for path in folder.glob(name)):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     shape: Any = file.get_slice(name).get_shape()

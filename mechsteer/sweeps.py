@@ -5,6 +5,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -138,10 +139,11 @@ class SweepWork:
     prompts: Prompts
     measures: Mapping[str, Objective]
     cells: Sequence[Cell]
+    chunk: int  # tokens; a worker on another kind of device would choose others than the batches are of
 
     def bind(self, model: Model) -> Callable[[Batch], tuple[list[Values], Work]]:
         """What computes a batch: its values, in halves where memory runs out, and the operations that took."""
-        grid = Grid(Engine(model, model.prompts(self.prompts), self.measures), self.cells)
+        grid = Grid(Engine(model, model.prompts(self.prompts), self.measures), self.cells, chunk=self.chunk)
         grid.check_memory()
 
         def compute(batch: Batch) -> list[Values]:
@@ -181,17 +183,18 @@ def _run_there(executor: Executor, grid: Grid, store: Store, rows: int, shown: B
     """
     engine = grid.engine
     batches = grid.batches(store.done, rows)
-    work = SweepWork(engine.prompts, engine.measures, grid.cells)
+    work = SweepWork(engine.prompts, engine.measures, grid.cells, grid.chunk)
     failed: list[tuple[Batch, str]] = []
-    for batch, outcome in executor.run(engine.model, work, batches, folder=store.folder):
-        if isinstance(outcome, Failure):
-            failed.append((batch, outcome.reason))
-            continue
-        values, spent = outcome
-        engine.work.done += spent.done
-        engine.work.least += spent.least
-        for each in values:
-            shown.advance(store.add(each, written=True))
+    with closing(executor.run(engine.model, work, batches, folder=store.folder)) as outcomes:
+        for batch, outcome in outcomes:
+            if isinstance(outcome, Failure):
+                failed.append((batch, outcome.reason))
+                continue
+            values, spent = outcome
+            engine.work.done += spent.done
+            engine.work.least += spent.least
+            for each in values:
+                shown.advance(store.add(each, written=True))
     if failed:
         lines = [f"{_span(grid, batch, told)}: {reason}" for batch, reason in failed[:5]]
         more = f" (and {len(failed) - 5} more)" if len(failed) > 5 else ""
@@ -201,6 +204,8 @@ def _run_there(executor: Executor, grid: Grid, store: Store, rows: int, shown: B
             + "; ".join(lines)
             + more
         )
+    if not store.done.all():
+        raise MechsteerError(f"{executor!r} ended before all was done.")
 
 
 def _span(grid: Grid, batch: Batch, told: Callable[[int], str]) -> str:

@@ -187,7 +187,7 @@ class Running:
         """Inside, work is done where `executor` says.
 
         Raises:
-            MechsteerError: there is no such executor, or `workers` is not for it.
+            MechsteerError: there is no such executor, or `workers` or `gpus` are not for it.
         """
         choice(self.executor, EXECUTORS, "--executor")
         if self.executor == "local":

@@ -1,6 +1,7 @@
 """What an executor is, and what it is given."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -37,7 +38,9 @@ class Failure:
 class Executor(Protocol):
     """Computes items of work."""
 
-    def run(self, model: Any, work: Work, items: Sequence[Any], *, folder: Folder | None) -> Iterator[tuple[Any, Any]]:
+    def run(
+        self, model: Any, work: Work, items: Sequence[Any], *, folder: Folder | None
+    ) -> Generator[tuple[Any, Any], None, None]:
         """Compute items, in any order.
 
         Args:
@@ -67,8 +70,9 @@ def computed(
     Raises:
         MechsteerError: an item failed every time; or as `Executor.run`.
     """
-    for item, outcome in executor.run(model, work, items, folder=None):
-        if isinstance(outcome, Failure):
-            raise MechsteerError(f"A worker failed every time it tried: {outcome.reason}")
-        came(item)
-        yield outcome
+    with closing(executor.run(model, work, items, folder=None)) as outcomes:
+        for item, outcome in outcomes:
+            if isinstance(outcome, Failure):
+                raise MechsteerError(f"A worker failed every time it tried: {outcome.reason}")
+            came(item)
+            yield outcome

@@ -2,14 +2,16 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from mechsteer.errors import MechsteerError
-from mechsteer.executors.crew import LOG, Crew
+from mechsteer.executors.crew import LOG, Crew, environment_of, hide_gpus, reason_of
+from mechsteer.executors.ray_executor import NAMESPACE
 from mechsteer.executors.transport import Parcel, gpus_of, share_tensors
 from mechsteer.folders import Folder
 
@@ -23,12 +25,15 @@ _POLL = 0.25
 # How often a coordinator may be lost, and the seconds until the cluster has noticed.
 _LOSSES = 3
 _GONE = 60.0
+# Seconds for which a coordinator waits for its work.
+_UNBEGUN = 1800.0
 
 
 class Coordinator:
     """Runs a crew, and keeps what came out until it is asked for. A detached actor."""
 
     def __init__(self, name: str) -> None:
+        hide_gpus()
         share_tensors()
         self._name = name
         self._events: list[tuple[Any, Any]] = []
@@ -36,16 +41,18 @@ class Coordinator:
         self._error: str | None = None
         self._ended = False
         self._lock = threading.Lock()
+        threading.Thread(target=self._left, daemon=True).start()
 
     def start(
-        self, executor: "RayExecutor", model: Parcel, gpus: int, work: "Work", items: Sequence[Any], folder: Folder
-    ) -> None:
+        self, executor: "RayExecutor", model: Parcel, gpus: int, environment: dict[str, str], work: "Work",
+        items: Sequence[Any], folder: Folder,
+    ) -> None:  # fmt: skip
         """Begin, unless it has begun."""
         with self._lock:
             if self._crew is not None:
                 return
             # Put again, from here: what the asking process has put goes when it goes.
-            self._crew = Crew(executor, [ray.put(model)], gpus)
+            self._crew = Crew(executor, [ray.put(model)], gpus, environment)
         threading.Thread(target=self._run, args=(work, items, folder), daemon=True).start()
 
     def state(self) -> tuple[bool, bool]:
@@ -59,6 +66,12 @@ class Coordinator:
         log = [] if self._crew is None else self._crew.log[told:]
         return self._events[since:], log, ended, self._error
 
+    def _left(self) -> None:
+        """End where nobody begins: who wanted to may have died before it could."""
+        time.sleep(_UNBEGUN)
+        if self._crew is None:
+            ray.kill(ray.get_actor(self._name, namespace=NAMESPACE))
+
     def _run(self, work: "Work", items: Sequence[Any], folder: Folder) -> None:
         assert self._crew is not None
         try:
@@ -70,12 +83,12 @@ class Coordinator:
             self._crew.close()
             self._ended = True
         time.sleep(_LINGER)
-        ray.kill(ray.get_actor(self._name))
+        ray.kill(ray.get_actor(self._name, namespace=NAMESPACE))
 
 
 def follow(
     executor: "RayExecutor", name: str, model: Any, work: "Work", items: Sequence[Any], folder: Folder
-) -> Iterator[tuple[Any, Any]]:
+) -> Generator[tuple[Any, Any], None, None]:
     """Start the coordinator of this name, or join the one there is, and tell what comes out.
 
     One that is lost, such as with its machine, is started again with what has not come out.
@@ -85,8 +98,9 @@ def follow(
     """
     came: set[Any] = set()
     for attempt in range(1, _LOSSES + 1):
-        coordinator = _coordinator(name)
+        coordinator = None
         try:
+            coordinator = _coordinator(name)
             begun, ended = ray.get(coordinator.state.remote())
             if ended:
                 # Nobody took what came out: it is in the folder, and what failed is tried again.
@@ -94,23 +108,31 @@ def follow(
                 coordinator, begun = _coordinator(name), False
             if not begun:
                 left = [item for item in items if item not in came]
-                ray.get(coordinator.start.remote(executor, Parcel.of(model), gpus_of(model), work, left, folder))
-            for item, outcome in _told(coordinator):
-                came.add(item)
-                yield item, outcome
+                how = Parcel.of(model), gpus_of(model), environment_of()
+                ray.get(coordinator.start.remote(executor, *how, work, left, folder))
+            with closing(_told(coordinator)) as outcomes:
+                for item, outcome in outcomes:
+                    came.add(item)
+                    yield item, outcome
             return
+        except RayTaskError as error:
+            raise MechsteerError(
+                f"The sweep's coordinator on the Ray cluster failed: {reason_of(error.cause)}"
+            ) from error
         except RayError as error:
-            LOG.info("the coordinator is lost (%s)", type(error).__name__)
+            LOG.info("the coordinator is lost (%s)", reason_of(error))
             if attempt == _LOSSES:
                 raise MechsteerError(
-                    f"The coordinator of this sweep was lost {attempt} times ({type(error).__name__}). What is "
-                    f"finished is in {folder}: the same call goes on."
+                    f"The coordinator of this sweep was lost {attempt} times ({reason_of(error)}). What is finished is "
+                    f"in {folder}: the same call goes on."
                 ) from error
         finally:  # also after Ctrl-C, and for a consumer that wants no more
-            _stop(coordinator, name)
+            if coordinator is not None:
+                with suppress(RayError):
+                    _stop(coordinator, name)
 
 
-def _told(coordinator: Any) -> Iterator[tuple[Any, Any]]:
+def _told(coordinator: Any) -> Generator[tuple[Any, Any], None, None]:
     """What comes out of a coordinator, until all has.
 
     Raises:
@@ -139,6 +161,7 @@ def _coordinator(name: str) -> Any:
         ray.remote(Coordinator)
         .options(
             name=name,
+            namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
@@ -155,7 +178,7 @@ def _stop(coordinator: Any, name: str) -> None:
     until = time.monotonic() + _GONE
     while time.monotonic() < until:
         try:
-            ray.get_actor(name)
+            ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:
             return
         time.sleep(_POLL)

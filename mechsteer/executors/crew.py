@@ -9,7 +9,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ LOG_NAME = "executor.log"
 # What a worker is given at once should take it about so many seconds: little is lost with a worker, and little time
 # goes into handing out.
 _SECONDS = 2.0
-# Variables that decide whether a model may be loaded, and from where.
+# Beginnings of the names of variables that workers get.
 _ENVIRONMENT = ("HF_", "TRANSFORMERS_")
 # Seconds without a worker after which that is told.
 _WAIT = 60.0
@@ -64,11 +64,17 @@ class DiskFull(Exception):
     """A worker could not write what it had computed."""
 
 
+class Refused(Exception):
+    """A worker cannot do this work at all."""
+
+
 class Worker:
     """Holds a model on one machine, and computes items. An actor: one process."""
 
     def __init__(self, parcel: Parcel, device: str, threads: int, environment: dict[str, str]) -> None:
         os.environ.update(environment)
+        if device == "cpu":
+            hide_gpus()
         import torch
 
         torch.set_num_threads(threads)
@@ -91,12 +97,16 @@ class Worker:
 
         Raises:
             DiskFull: they cannot be written.
+            Refused: none of them can be computed here, such as for want of memory.
         """
         if self._bound[0] != name:
             self._bound = "", None, None  # what was computed before goes first
             given = ray.get(work[0])
             sink = None if folder is None else given.sink(folder, f"{self._tag}-{name[:4]}")
-            self._bound = name, given.bind(self._model), sink
+            try:
+                self._bound = name, given.bind(self._model), sink
+            except MechsteerError as error:
+                raise Refused(str(error)) from error
         _, compute, sink = self._bound
         reports = []
         for index, item in items:
@@ -104,7 +114,7 @@ class Worker:
             try:
                 reports.append(Report(index, compute(item), "", time.perf_counter() - began))
             except Exception as error:
-                reports.append(Report(index, None, _reason(error), time.perf_counter() - began))
+                reports.append(Report(index, None, reason_of(error), time.perf_counter() - began))
         if sink is not None:
             try:
                 sink([report.value for report in reports if not report.error])
@@ -122,14 +132,16 @@ class Crew:
         log: levels, and lines that say what happened to workers and items.
     """
 
-    def __init__(self, executor: "RayExecutor", model: "list[ray.ObjectRef]", gpus: int) -> None:
+    def __init__(
+        self, executor: "RayExecutor", model: "list[ray.ObjectRef]", gpus: int, environment: dict[str, str]
+    ) -> None:
         self.log: list[tuple[int, str]] = []
         self._model, self._attempts = model, executor.attempts
         share = float(gpus) if executor.gpus is None else executor.gpus
         self._options = {"num_cpus": executor.cpus, "num_gpus": share, "max_restarts": 0, "max_task_retries": 0}
         self._device = "cuda" if share else "cpu"
         self._threads = max(1, int(executor.cpus))
-        self._workers = executor.workers
+        self._workers, self._environment = executor.workers, environment
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}  # by the reference that is ready when the worker is
         self._failed_starts = 0
@@ -141,9 +153,9 @@ class Crew:
     @staticmethod
     def of(executor: "RayExecutor", model: Any) -> "Crew":
         """Workers that will hold this model, started when they are needed."""
-        return Crew(executor, [ray.put(Parcel.of(model))], gpus_of(model))
+        return Crew(executor, [ray.put(Parcel.of(model))], gpus_of(model), environment_of())
 
-    def run(self, work: "Work", items: Sequence[Any], folder: Folder | None) -> Iterator[tuple[Any, Any]]:
+    def run(self, work: "Work", items: Sequence[Any], folder: Folder | None) -> Generator[tuple[Any, Any], None, None]:
         """See `mechsteer.executors.Executor.run`."""
         self._keep_log(folder)
         began = time.perf_counter()
@@ -155,6 +167,10 @@ class Crew:
         alone: set[int] = set()  # items that a worker died of, or may have: one at a time, to tell which
         busy: dict[Any, tuple[Any, list[tuple[int, Any]]]] = {}
         seconds, computed, told = 0.0, 0, False
+        self._failed_starts = 0
+        # Those of before may be gone meanwhile: an item is not to be tried in vain for that.
+        self._starting |= {worker.where.remote(): worker for worker in self._idle}
+        self._idle = []
         try:
             while (pending or busy) and not self._closed.is_set():
                 self._start(min(len(pending) + len(busy), self._room()) - len(busy))
@@ -169,19 +185,21 @@ class Crew:
                 ready, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
                 for each in ready:
                     if each in self._starting:
-                        self._started(each)
+                        self._started(each, alone=not busy)
                         continue
                     worker, share = busy.pop(each)
                     try:
                         reports: list[Report] = ray.get(each)
                     except RayTaskError as error:
                         self._idle.append(worker)
+                        if isinstance(error.cause, Refused):
+                            raise MechsteerError(str(error.cause)) from None
                         if isinstance(error.cause, DiskFull):
                             raise MechsteerError(
-                                f"{error.cause}. What was finished before is kept: make room, and the same call goes "
-                                "on."
+                                f"{error.cause}. What was finished before is kept: when that is mended, the same call "
+                                "goes on."
                             ) from None
-                        reports = [Report(index, None, _reason(error.cause), 0.0) for index, _ in share]
+                        reports = [Report(index, None, reason_of(error.cause), 0.0) for index, _ in share]
                     except RayError as error:  # the worker, or its machine, is gone
                         self._lost(worker, error)
                         alone |= {index for index, _ in share}
@@ -189,8 +207,8 @@ class Crew:
                         reports = [Report(index, None, gone, 0.0) for index, _ in share]
                     else:
                         self._idle.append(worker)
-                        seconds += sum(report.seconds for report in reports)
-                        computed += len(reports)
+                        seconds += sum(report.seconds for report in reports if not report.error)
+                        computed += sum(not report.error for report in reports)
                     for report in reports:
                         if not report.error:
                             yield items[report.index], report.value
@@ -201,16 +219,20 @@ class Crew:
                             pending.append((report.index, items[report.index]))
                         else:
                             yield items[report.index], Failure(report.error)
-            self._tell(f"{computed} items in {time.perf_counter() - began:.0f} s, {seconds:.0f} s of work")
+            if pending or busy:
+                raise MechsteerError("The executor was closed before all was computed.")
+            spent = f"{computed} items in {time.perf_counter() - began:.0f} s, {seconds:.0f} s of work"
+            # Work without a folder comes in many small pieces.
+            self._tell(spent, logging.DEBUG if folder is None else logging.INFO)
         finally:
             self._idle += [worker for worker, _ in busy.values()]
 
     def close(self) -> None:
         """Stop all workers."""
         self._closed.set()
-        for worker in [*self._idle, *self._starting.values()]:
+        for worker in {*self._where, *self._starting.values()}:
             ray.kill(worker)
-        self._idle, self._starting = [], {}
+        self._idle, self._starting, self._where = [], {}, {}
 
     def _keep_log(self, folder: Folder | None) -> None:
         """Write the lines of the log to the folder from now on, after those that are there."""
@@ -238,30 +260,36 @@ class Crew:
 
     def _start(self, wanted: int) -> None:
         """Have so many workers that are idle or on their way."""
+        if self._failed_starts >= _STARTS:  # the others go on
+            return
         for _ in range(wanted - len(self._idle) - len(self._starting)):
-            environment = {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
             worker = (
                 ray.remote(Worker)
                 .options(**self._options)
-                .remote(self._model[0], self._device, self._threads, environment)
+                .remote(self._model[0], self._device, self._threads, self._environment)
             )
             self._starting[worker.where.remote()] = worker
 
-    def _started(self, ready: Any) -> None:
+    def _started(self, ready: Any, *, alone: bool) -> None:
+        """A worker is there, or is not; with `alone` no other is at work."""
         worker = self._starting.pop(ready)
         try:
             where = str(ray.get(ready))
         except RayError as error:
+            if worker in self._where:
+                self._lost(worker, error)
+                return
             self._failed_starts += 1
-            reason = _reason(error)
+            reason = reason_of(error)
             self._tell(f"a worker did not start: {reason}")
-            if self._failed_starts >= _STARTS and not self._idle:
+            if self._failed_starts >= _STARTS and alone and not (self._idle or self._starting):
                 raise MechsteerError(f"No worker starts on the Ray cluster: {reason}") from error
             return
         self._failed_starts = 0
-        self._where[worker] = where
         self._idle.append(worker)
-        self._tell(f"worker on {where}")
+        if worker not in self._where:
+            self._where[worker] = where
+            self._tell(f"worker on {where}")
 
     def _lost(self, worker: Any, error: Exception) -> None:
         self._tell(f"lost the worker on {self._where.pop(worker, 'a machine')} ({type(error).__name__})")
@@ -279,7 +307,17 @@ class Crew:
         return share
 
 
-def _reason(error: BaseException | None) -> str:
+def environment_of() -> dict[str, str]:
+    """Variables of this process that decide whether a model may be loaded, and from where."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_ENVIRONMENT)}
+
+
+def hide_gpus() -> None:
+    """Let this process see none: Ray shows all of them to one that asked for none."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def reason_of(error: BaseException | None) -> str:
     """An error as one line, with the place where it arose."""
     if error is None:
         return "unknown"

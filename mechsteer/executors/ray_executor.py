@@ -6,7 +6,7 @@ Ray is an optional dependency (`pip install 'mechsteer[ray]'`), imported when a 
 import hashlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ class RayExecutor:
     gpus: float | None = None
     address: str | None = None
     attempts: int = 3
-    _crew: "tuple[str, Crew] | None" = field(default=None, init=False, repr=False)
+    _crew: "tuple[tuple[str, int], Crew] | None" = field(default=None, init=False, repr=False)
     _started: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,12 +60,14 @@ class RayExecutor:
                 f"RayExecutor got workers={self.workers}, cpus={self.cpus}, attempts={self.attempts}: give at least 1 "
                 "worker and 1 attempt, and more than 0 cpus."
             )
-        if self.gpus is not None and self.gpus < 0:
-            raise MechsteerError(f"RayExecutor got gpus={self.gpus}: give a share of a GPU, such as 0.5, or 0.")
+        if self.gpus is not None and (self.gpus < 0 or (self.gpus > 1 and self.gpus % 1)):
+            raise MechsteerError(
+                f"RayExecutor got gpus={self.gpus}: give a share of a GPU, such as 0.5, or a whole number of them."
+            )
 
     def run(
         self, model: Any, work: "Work", items: Sequence[Any], *, folder: Folder | None
-    ) -> Iterator[tuple[Any, Any]]:
+    ) -> Generator[tuple[Any, Any], None, None]:
         """See `mechsteer.executors.Executor.run`.
 
         Raises:
@@ -131,19 +133,25 @@ class RayExecutor:
     def _crew_for(self, model: Any) -> "Crew":
         """The workers that hold this model: those of before, or new ones."""
         from mechsteer.executors.crew import Crew
+        from mechsteer.executors.transport import gpus_of
 
-        if self._crew is not None and self._crew[0] != model.id.hash:
+        key = model.id.hash, gpus_of(model)
+        if self._crew is not None and self._crew[0] != key:
             self._dismiss()
         if self._crew is None:
-            self._crew = model.id.hash, Crew.of(self, model)
+            self._crew = key, Crew.of(self, model)
         return self._crew[1]
 
-    def _joined(self, model: Any, work: "Work", items: Sequence[Any], folder: Folder) -> Iterator[tuple[Any, Any]]:
+    def _joined(
+        self, model: Any, work: "Work", items: Sequence[Any], folder: Folder
+    ) -> Generator[tuple[Any, Any], None, None]:
         """Through a coordinator that outlives this process; the folder, and what is in it, tell which."""
         from mechsteer.executors.coordinator import follow
 
         self._dismiss()  # the coordinator's workers take the room of those of this process
-        about = "\n".join([str(folder), *(folder.read_text(name) for name in folder.names() if name == MANIFEST)])
+        about = "\n".join(
+            [str(folder.local or folder.url), *(folder.read_text(name) for name in folder.names() if name == MANIFEST)]
+        )
         name = hashlib.sha256(about.encode()).hexdigest()[:24]
         yield from follow(self, f"mechsteer-{name}", model, work, items, folder)
 

@@ -81,9 +81,12 @@ class _Work:
 
     prompts: Prompts
     objective: Objective
+    limits: tuple[int, int]  # a worker on another kind of device would choose others than the parts are of
 
     def bind(self, model: Model) -> Callable[[Part], tuple[Part, Float[np.ndarray, "candidate prompt"], float]]:
-        return CandidateLosses(model, self.prompts, self.objective).part
+        losses = CandidateLosses(model, self.prompts, self.objective)
+        losses._tokens, losses._logits = self.limits
+        return losses.part
 
 
 class CandidateLosses:
@@ -115,11 +118,11 @@ class CandidateLosses:
         self._weights: dict[int, Tensor] = {}
         self._chunked: dict[int, Sequence[Tensor]] = {}
         self._base: _Base | None = None
-        self._work = _Work(self.prompts, objective)
         self.flops = 0.0
         device = model.device.type
         self._tokens = CANDIDATE_TOKENS.get(device, CANDIDATE_TOKENS["cuda"])
         self._logits = CANDIDATE_LOGITS.get(device, CANDIDATE_LOGITS["cuda"])
+        self._work = _Work(self.prompts, objective, (self._tokens, self._logits))
 
     def layout(self, n: int) -> Layout:
         """For prefixes of n tokens."""

@@ -2,9 +2,11 @@
 
 import errno
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cases
 import numpy as np
@@ -13,22 +15,29 @@ import torch
 from elsewhere import moved
 
 import mechsteer as ms
-from mechsteer import memory
+from mechsteer import batches, memory
 from mechsteer.executors import Failure, executor_of
 from mechsteer.folders import Folder
+from mechsteer.prefix import candidates
 from mechsteer.store import ShardWriter, Values
 
 
 class Elsewhere:
     """An executor whose worker has a model, work and items that went through a pickle, and takes them backwards."""
 
-    def __init__(self, fails: int = -1) -> None:
-        self.fails, self.n = fails, 0
+    def __init__(self, fails: int = -1, limits: int | None = None) -> None:
+        """`limits`: what a worker on another device would take for chunks of prompts and candidates."""
+        self.fails, self.n, self.limits = fails, 0, limits
 
     def run(
         self, model: ms.Model, work: Any, items: Sequence[Any], *, folder: Folder | None
-    ) -> Iterator[tuple[Any, Any]]:
-        compute = moved(work).bind(moved(model))
+    ) -> Generator[tuple[Any, Any], None, None]:
+        limits = {} if self.limits is None else {"cpu": self.limits}
+        others = (batches.CHUNK, candidates.CANDIDATE_TOKENS, candidates.CANDIDATE_LOGITS)
+        with ExitStack() as there:
+            for each in others:
+                there.enter_context(mock.patch.dict(each, limits))
+            compute = moved(work).bind(moved(model))
         write = None if folder is None else work.sink(moved(folder), uuid.uuid4().hex[:8])
         for index in reversed(range(len(items))):
             self.n += 1
@@ -73,6 +82,8 @@ def test_numbers_are_those_of_this_process_bit_for_bit(model: ms.Model, here: ms
     executor = Elsewhere()
     same(ms.sweep(model, executor=executor, **options(model)), here)
     assert executor.n > model.n_layers
+    # On a worker of another kind, too, whose own chunks of the prompts would be others.
+    same(ms.sweep(model, executor=Elsewhere(limits=8), **options(model)), here)
     naive = ms.sweep(model, **(options(model) | {"rows": 1}))
     for name in here.data.data_vars:
         np.testing.assert_allclose(here.data[name].values, naive.data[name].values, atol=1e-5)
@@ -113,8 +124,6 @@ def test_completions_are_those_of_this_process(model: ms.Model, drawn: bool) -> 
 def test_losses_of_candidates_are_those_of_this_process_bit_for_bit(
     model: ms.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mechsteer.prefix import candidates
-
     monkeypatch.setitem(candidates.CANDIDATE_TOKENS, "cpu", 128)  # several batches
     prompts = ms.Prompts.from_chats(["Tell me a joke.", "Write a poem.", "Hello."], model)
     prompts = prompts.with_completions(model.generate(prompts, max_new_tokens=6, progress=False).completions)
@@ -124,11 +133,20 @@ def test_losses_of_candidates_are_those_of_this_process_bit_for_bit(
     losses = candidates.CandidateLosses(model, prompts, ms.TeacherForcedCE())
     expected, flops = losses.of(tried, base=tried[4]), losses.flops
     again = candidates.CandidateLosses(model, prompts, ms.TeacherForcedCE())
-    with ms.using(executor := Elsewhere()):
+    with ms.using(executor := Elsewhere(limits=32)):
         assert np.array_equal(again.of(tried, base=tried[4]), expected)
     assert executor.n > 2 and again.flops > 0.9 * flops
     one = candidates.CandidateLosses(model, prompts, ms.TeacherForcedCE())
     np.testing.assert_allclose([one.of([ids])[0] for ids in tried], expected, atol=1e-5)
+
+
+def test_an_executor_that_ends_early_is_told(model: ms.Model) -> None:
+    class Lazy(Elsewhere):
+        def run(self, *given: Any, **named: Any) -> Generator[tuple[Any, Any], None, None]:
+            yield from list(super().run(*given, **named))[:-1]
+
+    with pytest.raises(ms.MechsteerError, match="ended before all was done"):
+        ms.sweep(model, executor=Lazy(), **options(model))
 
 
 def test_what_fails_is_told_at_the_end_with_its_place_and_tried_again(
@@ -210,7 +228,12 @@ def test_models_and_tensors_arrive_as_they_were(model: ms.Model) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"workers": 0}, "at least 1 worker"), ({"cpus": 0.0}, "more than 0 cpus"), ({"gpus": -1.0}, "share of a GPU")],
+    [
+        ({"workers": 0}, "at least 1 worker"),
+        ({"cpus": 0.0}, "more than 0 cpus"),
+        ({"gpus": -1.0}, "share of a GPU"),
+        ({"gpus": 1.5}, "a whole number of them"),
+    ],
 )
 def test_mistakes(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ms.MechsteerError, match=message):

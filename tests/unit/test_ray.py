@@ -325,7 +325,9 @@ def test_a_full_disk_is_told_and_what_was_finished_stays(
 ) -> None:
     out, executor = small_disk / "out", ms.RayExecutor(address=cluster.address)
     given = options(model, tmp_path / "none", seconds=0.3)
-    with pytest.raises(ms.MechsteerError, match=r"cannot be written to \(No space left on device\).*make room"):
+    with pytest.raises(
+        ms.MechsteerError, match=r"cannot be written to \(No space left on device\).*when that is mended"
+    ):
         ms.sweep(model, executor=executor, out=out, **given)
     before = times_written(out, (model.n_layers, len(ALPHAS), 3))
     assert 0 < (before == 1).sum() < before.size and not (before > 1).any()
