@@ -169,7 +169,7 @@ def check(interventions: Sequence[Intervention], model: "Model", prompts: Prompt
             seen.add(each.site)
             model.check_site(each.site)
             for site in each.sites(model.n_layers):
-                model.sites.check_edit(site)
+                model.check_edit(site)
         values = (
             type(each),
             each.site.kind,

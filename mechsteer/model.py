@@ -319,6 +319,10 @@ class Model:
         """Raise `MechsteerError` unless the model has the site."""
         self.sites.check(site)
 
+    def check_edit(self, site: Site) -> None:
+        """Raise `MechsteerError` unless the model has the site, and goes on with what a hook changes there."""
+        self.sites.check_edit(site)
+
     def size(self, site: Site, axis: str) -> int | None:
         """Size of an axis of the site's activations; None where it depends on the prompts."""
         return self.sites.size(site, axis)

@@ -94,7 +94,7 @@ class Grid:
             chosen = list(dict.fromkeys(int(layer) for layer in given))
             for kind in in_blocks:
                 for layer in chosen:
-                    model.sites.check_edit(Site(kind, layer))
+                    model.check_edit(Site(kind, layer))
             if not chosen or ("layer" not in over and len(chosen) > 1):
                 raise MechsteerError(
                     f"layers={layers!r} stands for {len(chosen)} layers. Name at least one, and only one where `over` "
@@ -102,7 +102,7 @@ class Grid:
                 )
         for kind in kinds:
             if kind not in in_blocks:
-                model.sites.check_edit(Site(kind))
+                model.check_edit(Site(kind))
         heads = max(_n_heads(model, kind) for kind in kinds)
         if any(name in _PLACES for name in over):
             found = places(pair.clean) if at is None else [_rule(each) for each in _several(at)]

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -154,6 +155,12 @@ class _Blank(Model):
         self._blank, self._at, self._of = blank(dims, device=at, dtype=dtype), at, dtype
         self.name, self.tokenizer = "blank", None
         self._made = ModelId("blank", "0" * 64, False)
+        cfg = SimpleNamespace(
+            n_layers=dims.n_layers, d_model=dims.d_model, n_heads=dims.n_heads, n_key_value_heads=dims.n_kv_heads,
+            d_head=dims.d_head, d_mlp=dims.d_mlp, gated_mlp=dims.gated,
+        )  # fmt: skip
+        # What sweeps ask of it before they begin: its size, and where it is.
+        self.hooked = cast(Any, SimpleNamespace(cfg=cfg, parameters=lambda: iter([torch.empty(0, device=at)])))
 
     decoder = property(lambda self: self._blank)
     device = property(lambda self: self._at)
@@ -163,8 +170,11 @@ class _Blank(Model):
     d_model = property(lambda self: self._blank.dims.d_model)
     d_vocab = property(lambda self: self._blank.d_vocab)
     n_ctx = property(lambda self: 64)
+    has_decoder = property(lambda self: True)
 
     def check_site(self, site: Site) -> None: ...
+
+    def check_edit(self, site: Site) -> None: ...
 
     def check_width(self, site: Site, width: int, what: str) -> None: ...
 
