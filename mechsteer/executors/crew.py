@@ -144,7 +144,7 @@ class Crew:
         self._workers, self._environment = executor.workers, environment
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}  # by the reference that is ready when the worker is
-        self._failed_starts = 0
+        self._failed_starts, self._why = 0, ""  # and why the last one did
         self._where: dict[Any, str] = {}
         self._closed = threading.Event()
         self._sent: tuple[Any, str, list[ray.ObjectRef]] = None, "", []  # the work of before, which may come again
@@ -174,6 +174,8 @@ class Crew:
         try:
             while (pending or busy) and not self._closed.is_set():
                 self._start(min(len(pending) + len(busy), self._room()) - len(busy))
+                if not (busy or self._idle or self._starting):
+                    raise MechsteerError(f"No worker starts on the Ray cluster: {self._why}")
                 while self._idle and pending:
                     share = self._share(pending, alone, seconds / computed if computed else None, len(busy) + 1)
                     worker = self._idle.pop()
@@ -185,7 +187,7 @@ class Crew:
                 ready, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
                 for each in ready:
                     if each in self._starting:
-                        self._started(each, alone=not busy)
+                        self._started(each)
                         continue
                     worker, share = busy.pop(each)
                     try:
@@ -270,8 +272,8 @@ class Crew:
             )
             self._starting[worker.where.remote()] = worker
 
-    def _started(self, ready: Any, *, alone: bool) -> None:
-        """A worker is there, or is not; with `alone` no other is at work."""
+    def _started(self, ready: Any) -> None:
+        """A worker is there, or is not."""
         worker = self._starting.pop(ready)
         try:
             where = str(ray.get(ready))
@@ -280,10 +282,8 @@ class Crew:
                 self._lost(worker, error)
                 return
             self._failed_starts += 1
-            reason = reason_of(error)
-            self._tell(f"a worker did not start: {reason}")
-            if self._failed_starts >= _STARTS and alone and not (self._idle or self._starting):
-                raise MechsteerError(f"No worker starts on the Ray cluster: {reason}") from error
+            self._why = reason_of(error)
+            self._tell(f"a worker did not start: {self._why}")
             return
         self._failed_starts = 0
         self._idle.append(worker)
