@@ -32,7 +32,7 @@ _UNBEGUN = 1800.0
 class Coordinator:
     """Runs a crew, and keeps what came out until it is asked for. A detached actor."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, unbegun: float) -> None:
         hide_gpus()
         share_tensors()
         self._name = name
@@ -41,7 +41,7 @@ class Coordinator:
         self._error: str | None = None
         self._ended = False
         self._lock = threading.Lock()
-        threading.Thread(target=self._left, daemon=True).start()
+        threading.Thread(target=self._left, args=(unbegun,), daemon=True).start()
 
     def start(
         self, executor: "RayExecutor", model: Parcel, gpus: int, environment: dict[str, str], work: "Work",
@@ -66,9 +66,9 @@ class Coordinator:
         log = [] if self._crew is None else self._crew.log[told:]
         return self._events[since:], log, ended, self._error
 
-    def _left(self) -> None:
+    def _left(self, seconds: float) -> None:
         """End where nobody begins: who wanted to may have died before it could."""
-        time.sleep(_UNBEGUN)
+        time.sleep(seconds)
         if self._crew is None:
             ray.kill(ray.get_actor(self._name, namespace=NAMESPACE))
 
@@ -168,7 +168,7 @@ def _coordinator(name: str) -> Any:
             max_concurrency=4,
             scheduling_strategy=here,
         )
-        .remote(name)
+        .remote(name, _UNBEGUN)
     )
 
 

@@ -37,6 +37,8 @@ _SECONDS = 2.0
 _ENVIRONMENT = ("HF_", "TRANSFORMERS_")
 # Seconds without a worker after which that is told.
 _WAIT = 60.0
+# Seconds between two writings of the log, which is written whole.
+_LOGGED = 2.0
 # Starts of workers that may fail one after the other.
 _STARTS = 3
 # Errors that mean that nothing can be written any more, whoever tries.
@@ -149,6 +151,7 @@ class Crew:
         self._closed = threading.Event()
         self._sent: tuple[Any, str, list[ray.ObjectRef]] = None, "", []  # the work of before, which may come again
         self._kept: tuple[Folder | None, str] = (None, "")  # where the log goes, and what stood there before
+        self._written = 0, 0.0  # lines of the log that are in the folder, and since when
 
     @staticmethod
     def of(executor: "RayExecutor", model: Any) -> "Crew":
@@ -185,7 +188,11 @@ class Crew:
                     self._tell(f"no worker has started in {_WAIT:.0f} s: the cluster may have no room", logging.WARNING)
                 waiting = [*busy, *self._starting]
                 ready, _ = ray.wait(waiting, num_returns=1, timeout=1.0)
+                if time.monotonic() - self._written[1] > _LOGGED:
+                    self._write_log()
                 for each in ready:
+                    if self._closed.is_set():  # by another thread, which forgets all workers
+                        break
                     if each in self._starting:
                         self._started(each)
                         continue
@@ -228,6 +235,7 @@ class Crew:
             self._tell(spent, logging.DEBUG if folder is None else logging.INFO)
         finally:
             self._idle += [worker for worker, _ in busy.values()]
+            self._write_log()
 
     def close(self) -> None:
         """Stop all workers."""
@@ -240,15 +248,20 @@ class Crew:
         """Write the lines of the log to the folder from now on, after those that are there."""
         there = folder is not None and LOG_NAME in folder.names()
         self._kept = folder, folder.read_text(LOG_NAME) if folder is not None and there else ""
+        self._written = 0, 0.0
         self.log.clear()
 
     def _tell(self, line: str, level: int = logging.INFO) -> None:
         LOG.log(level, line)
         self.log.append((level, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}"))
+
+    def _write_log(self) -> None:
         folder, before = self._kept
-        if folder is not None:
-            with suppress(OSError):  # a full disk is told of when results cannot be written
-                folder.write_text(LOG_NAME, before + "".join(f"{each}\n" for _, each in self.log))
+        if folder is None or self._written[0] == len(self.log):
+            return
+        self._written = len(self.log), time.monotonic()
+        with suppress(OSError):  # a full disk is told of when results cannot be written
+            folder.write_text(LOG_NAME, before + "".join(f"{each}\n" for _, each in self.log))
 
     def _room(self) -> int:
         """How many workers the cluster has room for, or were asked for."""

@@ -1,6 +1,7 @@
 """Sweeps on Ray clusters of several nodes on this machine: the same numbers, whatever happens to workers and driver."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -348,6 +350,80 @@ def test_what_keeps_a_cluster_from_working_is_told(cluster: Any, model: ms.Model
     broken = ms.Model(model.hooked, tokenizer=_Unwilling(), name="broken")
     with pytest.raises(ms.MechsteerError, match=r"No worker starts on the Ray cluster: .*will not be read"):
         ms.sweep(broken, executor=executor, **given)
+
+
+def test_where_there_is_no_room_the_sweep_waits_and_says_so(
+    cluster: Any, model: ms.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from mechsteer.executors import crew
+
+    monkeypatch.setattr(crew, "_WAIT", 0.5)
+    caplog.set_level(logging.WARNING, logger="mechsteer.executors")
+    # More processors than a node has.
+    executor = ms.RayExecutor(workers=1, cpus=4.0, address=cluster.address)
+
+    def say() -> list[str]:
+        return [each.message for each in caplog.records if "no worker has started" in each.message]
+
+    ending = threading.Thread(target=lambda: (wait_for(say), executor.close()))
+    ending.start()
+    with pytest.raises(ms.MechsteerError, match="The executor was closed before all was computed"):
+        ms.sweep(model, executor=executor, **options(model, tmp_path / "none", seconds=0.0))
+    ending.join()
+    assert len(say()) == 1 and "the cluster may have no room" in say()[0]
+
+
+def test_a_coordinator_that_is_lost_again_and_again(cluster: Any, model: ms.Model, tmp_path: Path) -> None:
+    out, done = tmp_path / "out", threading.Event()
+
+    def lose() -> None:
+        while not done.is_set():
+            if ray.is_initialized():
+                for name in ray.util.list_named_actors():
+                    with suppress(ValueError):
+                        ray.kill(ray.get_actor(name))
+            time.sleep(0.5)
+
+    losing = threading.Thread(target=lose)
+    losing.start()
+    executor = ms.RayExecutor(address=cluster.address)
+    given = options(model, tmp_path / "none", seconds=0.3)
+    try:
+        with pytest.raises(
+            ms.MechsteerError, match=r"(?s)lost 3 times .* What is finished is in .*the same call goes on"
+        ):
+            ms.sweep(model, executor=executor, out=out, **given)
+    finally:
+        done.set()
+        losing.join()
+    made = ms.sweep(model, executor=executor, out=out, **given).data["gap"].values
+    assert np.array_equal(made, expected(model, tmp_path))
+
+
+def test_work_that_no_coordinator_can_read(cluster: Any, model: ms.Model, tmp_path: Path) -> None:
+    given = options(model, tmp_path / "none", seconds=0.0)
+    given["measure"] = {"gap": _Unreadable(given["measure"]["gap"], tmp_path / "none")}
+    executor = ms.RayExecutor(workers=1, address=cluster.address)
+    with pytest.raises(ms.MechsteerError, match=r"coordinator on the Ray cluster failed: .*will not be read"):
+        ms.sweep(model, executor=executor, out=tmp_path / "out", **given)
+    assert not ray.util.list_named_actors()
+
+
+class _Unreadable(Troubled):
+    """An objective that no other process can read."""
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+
+def test_a_coordinator_that_nobody_begins_ends(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mechsteer.executors import coordinator
+
+    ms.RayExecutor(address=cluster.address).connect()
+    monkeypatch.setattr(coordinator, "_UNBEGUN", 0.5)
+    left = coordinator._coordinator("mechsteer-left")
+    assert ray.get(left.state.remote()) == (False, False)
+    wait_for(lambda: not ray.util.list_named_actors(), 30)
 
 
 class _Unwilling:
