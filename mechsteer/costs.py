@@ -25,6 +25,8 @@ CANDIDATE_EVEN = 1.1
 MIXED_PARTS = 4
 # Rows of a batch whose graph is held.
 GRAPH_ROWS = {"cpu": 4096, "cuda": 65536}
+# Rows of the stream that go through one backward pass of a Jacobian side by side.
+JACOBIAN_ROWS = {"cpu": 512, "cuda": 16384}
 # What a layer's forward pass meets before its attention (0), before its MLP, and after both.
 STAGES = {"resid_mid": 1, "mlp_pre": 1, "mlp_pre_linear": 1, "mlp_post": 1, "mlp_out": 1, "resid_post": 2}
 
@@ -211,6 +213,46 @@ def whole(n_prompts: int, length: int, read: Sequence[int] | None) -> Counts:
         n_prompts, rows, last, length, last_width, 0, length, "own", float(rows * length),
         float(n_prompts * last_width * length),
     )  # fmt: skip
+
+
+# ---- batches ----
+
+
+@dataclass
+class BatchSize:
+    """How many rows a batch has: doubled or halved as long as that is faster, and halved when memory runs out."""
+
+    rows: int
+    fixed: bool = False
+    _best: float = 0.0
+    _factor: float = 2.0
+    _tried: int = 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether it changes no more."""
+        return self.fixed or self._tried > 6
+
+    def report(self, rows: int, flops: float, seconds: float) -> None:
+        """Learn from a batch, unless it was too small to tell or the search is over."""
+        if self.settled or rows < 0.7 * self.rows:
+            return
+        speed = flops / seconds
+        if speed > 1.03 * self._best:
+            self._best = speed
+            self.rows = max(64, int(self.rows * self._factor))
+        else:
+            # Back to the best so far; then the other direction, once.
+            self.rows = int(self.rows / self._factor)
+            if self._factor > 1 and self._tried <= 2:
+                self._factor = 0.5
+                self.rows = max(64, int(self.rows * self._factor))
+            else:
+                self.fixed = True
+        self._tried += 1
+
+    def out_of_memory(self) -> None:
+        self.rows, self.fixed = max(1, self.rows // 2), True
 
 
 # ---- memory ----

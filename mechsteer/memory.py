@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Below this a line about memory would only be in the way.
 TOLD = 10**9
 _GROUP = Path("/sys/fs/cgroup")
+# Lines that were told: what is done a hundred times with the same needs says so once.
+_told: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Memory:
         return f"needs about {_gb(self.total)} GB: {parts}"
 
     def announce(self, what: str, *, show: bool = True) -> None:
-        """Tell it on standard error, where a bar would be drawn and it is 1 GB or more."""
-        if not show or self.total < TOLD:
+        """Tell it on standard error, where a bar would be drawn and it is 1 GB or more; each line once in a process."""
+        line = f"{what} {self}"
+        if not show or self.total < TOLD or line in _told:
             return
         console = Console(stderr=True)
         if console.is_interactive or console.is_jupyter:
-            console.print(f"{what} {self}", highlight=False)
+            _told.add(line)
+            console.print(line, highlight=False)
 
     def check(self, what: str, devices: Iterable[torch.device], advice: str) -> None:
         """

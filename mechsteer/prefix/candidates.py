@@ -13,8 +13,10 @@ from mechsteer.activations import Activations
 from mechsteer.backends.decoder import Alike, Cache, Capture
 from mechsteer.backends.packing import Pack, whole_pack
 from mechsteer.costs import CANDIDATE_EVEN, CANDIDATE_LOGITS, CANDIDATE_TOKENS
+from mechsteer.engine import Engine
 from mechsteer.errors import MechsteerError
 from mechsteer.executors import computed, executor_of
+from mechsteer.memory import Memory
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.objectives.base import check_examples
@@ -149,6 +151,19 @@ class CandidateLosses:
             weights = torch.ones(len(prompts), device=prompts.tokens.device) if total is None else total(prompts)
             self._weights[n] = weights.double() / weights.double().sum()
         return self._weights[n]
+
+    def memory(self, n: int) -> Memory:
+        """What candidates of n tokens, and a gradient, hold at their largest."""
+        prompts, stop = self.layout(n).prompts, self.layout(n).stop
+        engine = Engine(self.model, prompts, {"loss": self.objective})
+        # The clean keys and values of all prompts are kept, and the graph of the largest chunk.
+        rows = max(int(stop[chunk].sum()) for chunk in self._chunks(n))
+        tokens = int(prompts.lengths.sum())
+        return max(
+            engine.memory([-1], rows=rows, chunk=tokens, grad=True),
+            engine.memory([-1], rows=self._tokens, chunk=tokens),
+            key=lambda memory: memory.total,
+        )
 
     def of(self, candidates: Sequence[Ids], *, base: Ids | None = None) -> Float[np.ndarray, " candidate"]:
         """Exact losses.

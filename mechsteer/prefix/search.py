@@ -16,6 +16,7 @@ import xarray as xr
 
 from mechsteer.costs import MIXED_PARTS
 from mechsteer.errors import MechsteerError
+from mechsteer.memory import devices_of
 from mechsteer.model import Model, PromptsLike
 from mechsteer.objectives import Objective
 from mechsteer.objectives.base import one_of
@@ -101,8 +102,8 @@ def search_prefix(
         The best prefix ever evaluated that survives in every prompt. Ctrl-C ends the search early.
 
     Raises:
-        MechsteerError: an option is out of range, the objective has no gradient, no allowed prefix can be made, or
-            `out` holds another search.
+        MechsteerError: an option is out of range, the objective has no gradient, no allowed prefix can be made, `out`
+            holds another search, or it cannot fit in memory.
     """
     began = time.perf_counter()
     one_of("method", method, METHODS)
@@ -135,6 +136,7 @@ def search_prefix(
     store = None if out is None else SearchFolder(out, sha256(text.encode()).hexdigest())
     if store is not None:
         store.load(search.restore)
+    search.memory.announce("Prefix search", show=progress)
     finished, done = True, len(search.tried)
     with bar("candidates", evaluations, show=progress) as shown:
         shown.advance(done)
@@ -194,7 +196,9 @@ class _Search:
 
     def __post_init__(self) -> None:
         self.losses = CandidateLosses(self.model, self.prompts, self.objective, fluency=float(self.keep.fluency))
-        self.losses.layout(self.keep.max_tokens or self.n_tokens)  # refused now where it does not fit the context
+        # Refused now where it does not fit the context, or memory.
+        self.memory = self.losses.memory(self.keep.max_tokens or self.n_tokens)
+        self.memory.check("This prefix search", devices_of(self.model), "Pass fewer or shorter prompts.")
         self.legal = Legal(self.model, self.losses.prompts, self.keep)
         self.trip = self.legal.trip
         self.allowed = torch.tensor(self.legal.allowed, device=self.model.device)

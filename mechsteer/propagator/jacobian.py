@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mechsteer import markup
 from mechsteer.backends.decoder import Capture
 from mechsteer.backends.packing import Layout, Pack
+from mechsteer.costs import JACOBIAN_ROWS
 from mechsteer.engine import Engine
 from mechsteer.errors import MechsteerError
 from mechsteer.gradients import measured
+from mechsteer.memory import devices_of
 from mechsteer.model import Model
 from mechsteer.objectives import Objective
 from mechsteer.precision import precise
@@ -29,8 +31,6 @@ from mechsteer.rows import Rows
 from mechsteer.site import Site
 
 _OFFSET = {"resid_pre": 0, "resid_mid": 1, "resid_post": 2}
-# Rows of the stream that go through a backward pass side by side.
-_ROWS = {"cpu": 512, "cuda": 16384}
 
 
 def stage_of(site: Site) -> int:
@@ -105,7 +105,7 @@ class Jacobian:
     @property
     def _width(self) -> int:
         rows = self.x.numel() // self.x.shape[-1]
-        return max(1, _ROWS.get(self.x.device.type, _ROWS["cuda"]) // rows)
+        return max(1, JACOBIAN_ROWS.get(self.x.device.type, JACOBIAN_ROWS["cuda"]) // rows)
 
     def _vjp(self, u: Tensor) -> Tensor:
         # For k = 1 without vmap, which then costs more than it saves.
@@ -188,7 +188,7 @@ def trace(
         hooks: go through TransformerLens's hooks, at all positions.
 
     Raises:
-        MechsteerError: an activation is not finite, or the objective has no gradient.
+        MechsteerError: an activation is not finite, the objective has no gradient, or the graph does not fit in memory.
     """
     wanted = sorted(set(stages))
     # Fused attention has no second derivative, which products with vectors use.
@@ -219,8 +219,10 @@ def _packed(
     inner = sorted({max(0, stage) for stage in stages})
     first, last = inner[0], final if logits else inner[-1]
     engine, rows = Engine(model, prompts, {}), int((stop + 1 - start).sum())
-    width = rows + _ROWS.get(start.device.type, _ROWS["cuda"])  # and what goes back side by side
-    engine.memory([first], rows=width, chunk=prompts.tokens.numel(), grad=True).announce("Propagator")
+    width = rows + JACOBIAN_ROWS.get(start.device.type, JACOBIAN_ROWS["cuda"])  # and what goes back side by side
+    memory = engine.memory([first], rows=width, chunk=prompts.tokens.numel(), grad=True)
+    memory.check("This Propagator", devices_of(model), "Pass fewer or shorter prompts.")
+    memory.announce("Propagator")
     clean = engine.clean(torch.arange(len(prompts), device=start.device), [first], logits=False)
     pack = Pack(
         lambda example, position, cell: Rows(prompts, example, position, cell),

@@ -10,6 +10,7 @@ import zoo
 import mechsteer as ms
 from mechsteer import memory, offload
 from mechsteer.engine import Engine
+from mechsteer.prefix import search_prefix
 
 SITES = ["resid_post", "z", "pattern", "embed"]
 
@@ -94,6 +95,50 @@ def test_errors_come_before_work(zoo_folders: dict[str, Path], tmp_path: Path, m
         ms.load_model(zoo_folders["llama"], device="cpu")
     with pytest.raises(ms.MechsteerError, match=r"^This sweep needs about .* GB: weights .*, packed weights .*, batch"):
         ms.sweep(model, prompts(model), axes={}, build=lambda: None, measure=ms.LogitGap(5, 9), progress=False)
+
+
+@pytest.mark.parametrize("what", ["This Propagator", "This prefix search"])
+def test_gradients_and_searches_that_do_not_fit(
+    zoo_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    model = ms.load_model(zoo_folders["llama"], device="cpu")
+
+    def begin() -> object:
+        if what == "This Propagator":
+            return ms.Propagator(model, prompts(model), source=("resid_pre", 0), target=("resid_post", 1)).jacobian
+        given = ms.Prompts.from_ids([[2, 3, 4, 5]], completions=[[6, 7]])
+        return search_prefix(
+            model, given, ms.TeacherForcedCE(), n_tokens=2, evaluations=2, method="gcg", width=2, progress=False
+        )
+
+    begin()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(
+        ms.MechsteerError, match=rf"^{what} needs about .* GB: weights .* GB free\. Pass fewer or shorter"
+    ):
+        begin()
+
+
+def test_needs_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+
+    class Screen:
+        is_interactive = True
+
+        def __init__(self, **options: object) -> None: ...
+
+        def print(self, line: str, **options: object) -> None:
+            lines.append(line)
+
+    monkeypatch.setattr(memory, "Console", Screen)
+    monkeypatch.setattr(memory, "_told", set())
+    for size in (2 * 10**9, 2 * 10**9, 10**6, 3 * 10**9):
+        memory.Memory({"weights": size}).announce("Sweep")
+    memory.Memory({"weights": 4 * 10**9}).announce("Sweep", show=False)
+    assert lines == [
+        "Sweep needs about 2.0 GB: weights 2.0",
+        "Sweep needs about 3.0 GB: weights 3.0",
+    ]
 
 
 def test_recordings_whose_shards_do_not_fit(
