@@ -5,9 +5,10 @@
     python benchmarks/scale.py --quick           # one small size, in seconds
     python benchmarks/scale.py --study           # the chapters of a study of the pocket model instead
 
-This machine is measured first (`mechsteer.plan.here`), and every prediction is made before the work is run. Models have
-random weights and the shape of Llamas with grouped queries. Seconds are the median of --runs turns, after one that
-builds the packed weights. Exponents are slopes of a line through logarithms, one quantity varied at a time.
+In each of --rounds rounds this machine is measured (`mechsteer.plan.here`), predictions are made, and then the work is
+run. A machine may be a third faster or slower from one minute to the next: so medians of predictions stand beside
+medians of measurements, and *one by one* says how far apart they were in a round. Models have random weights and the
+shape of Llamas with grouped queries. Exponents are slopes of a line through logarithms, one quantity varied at a time.
 """
 
 import argparse
@@ -60,15 +61,30 @@ class Measured(NamedTuple):
 
 
 class Outcome(NamedTuple):
+    """The predictions and the measurements of all rounds."""
+
     work: str
     model: str
-    plan: Plan
-    measured: Measured
+    plans: Sequence[Plan]
+    measured: Sequence[Measured]
+
+    @property
+    def flops(self) -> tuple[float, float]:
+        """Predicted and measured: they are the same in every round."""
+        return self.plans[0].flops, self.measured[0].flops
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Predicted and measured, medians."""
+        return (
+            statistics.median(each.seconds for each in self.plans),
+            statistics.median(each.seconds for each in self.measured),
+        )
 
     @property
     def ratios(self) -> tuple[float, float]:
         """Predicted over measured: operations, seconds."""
-        return self.plan.flops / self.measured.flops, self.plan.seconds / self.measured.seconds
+        return self.flops[0] / self.flops[1], self.seconds[0] / self.seconds[1]
 
     @property
     def missed(self) -> bool:
@@ -186,7 +202,7 @@ _clock = time.perf_counter
 
 
 def measured(work: Work, model: ms.Model, runs: int) -> Measured:
-    """Operations by the engine's own counter, and median seconds; one turn before builds the packed weights."""
+    """Operations by the engine's own counter, and median seconds; a run before builds the packed weights."""
     run = work(model)
     flops = run()
     times = []
@@ -229,7 +245,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> float:
     return top / sum((one - mean_a) ** 2 for one in a)
 
 
-def exponents(device: Device, runs: int, names: Sequence[str]) -> Table:
+def exponents(device: Device, names: Sequence[str]) -> Table:
     table = Table(title="how cost grows: exponents, predicted and measured")
     for column in ("quantity", "values", "in", "operations", "measured", "seconds", "measured"):
         table.add_column(column)
@@ -239,7 +255,7 @@ def exponents(device: Device, runs: int, names: Sequence[str]) -> Table:
         for value in values:
             shape, at = setting(name, value)
             plan, doing = WORKLOADS[work](shape, at, device)
-            done = measured(doing, model_of(shape), runs)
+            done = measured(doing, model_of(shape), 3)
             rows.append((plan.flops, done.flops, plan.seconds, done.seconds))
         slopes = [slope(values, column) for column in zip(*rows, strict=True)]
         table.add_row(name, ", ".join(map(str, values)), work, *(f"{each:.2f}" for each in slopes))
@@ -290,7 +306,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="exit with status 1 where a prediction is off")
     parser.add_argument("--quick", action="store_true", help="one small size, and no exponents")
     parser.add_argument("--study", action="store_true", help="the chapters of a study instead")
-    parser.add_argument("--runs", type=int, default=3, help="turns; the median counts")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="each measures the machine, predicts, and runs; medians count"
+    )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument(
         "--exponents", nargs="*", default=list(VARIED), choices=list(VARIED), help="which; none for none"
@@ -304,7 +322,7 @@ def main() -> int:
         torch.set_num_threads(1)
         _clock = time.process_time
     device = here(clock=_clock)
-    console = Console(width=150)
+    console = Console(width=170)
     about = Table(title="this machine")
     about.add_column("what")
     about.add_column("measured")
@@ -314,33 +332,36 @@ def main() -> int:
     if arguments.study:
         console.print(chapters(device))
         return 0
-    outcomes = []
+    outcomes: list[Outcome] = []
     at = Setting(prompts=2, positions=8, alphas=3, candidates=32, steps=2) if arguments.quick else Setting()
+    rounds = 1 if arguments.quick else arguments.rounds
     for name in arguments.sizes[:1] if arguments.quick else arguments.sizes:
         shape = SIZES[name]
         model = model_of(shape)
-        if outcomes:
-            # Anew, because what the machine does meanwhile, and how warm it is, changes.
-            device = here(clock=_clock, again=True)
-        for work, make in WORKLOADS.items():
-            plan, doing = make(shape, at, device)
-            done = measured(doing, model, 1 if arguments.quick else arguments.runs)
-            outcomes.append(Outcome(work, name, plan, done))
-            print(f"{name}: {work} measured", file=sys.stderr)
-    runs = 1 if arguments.quick else arguments.runs
-    table = Table(title=f"predicted beside measured, median of {runs}")
-    for column in ("work", "model", "GFLOP", "measured", "ratio", "seconds", "measured", "ratio", ""):
+        found: dict[str, list[tuple[Plan, Measured]]] = {work: [] for work in WORKLOADS}
+        for turn in range(rounds):
+            if outcomes or turn:
+                # Anew, because what the machine does meanwhile, and how warm it is, changes.
+                device = here(clock=_clock, again=True)
+            for work, make in WORKLOADS.items():
+                plan, doing = make(shape, at, device)
+                found[work].append((plan, measured(doing, model, 1)))
+        print(f"{name}: measured", file=sys.stderr)
+        outcomes += [Outcome(work, name, *zip(*each, strict=True)) for work, each in found.items()]
+    table = Table(title=f"predicted beside measured, medians of {rounds}")
+    for column in ("work", "model", "GFLOP", "measured", "ratio", "seconds", "measured", "ratio", "one by one", ""):
         table.add_column(column)
     for each in outcomes:
-        ratios = each.ratios
+        (flops, done), (seconds, taken), ratios = each.flops, each.seconds, each.ratios
+        spread = [plan.seconds / one.seconds for plan, one in zip(each.plans, each.measured, strict=True)]
         table.add_row(
-            each.work, each.model, f"{each.plan.flops / 1e9:.3f}", f"{each.measured.flops / 1e9:.3f}",
-            f"{ratios[0]:.3f}", f"{each.plan.seconds:.3f}", f"{each.measured.seconds:.3f}", f"{ratios[1]:.2f}",
+            each.work, each.model, f"{flops / 1e9:.3f}", f"{done / 1e9:.3f}", f"{ratios[0]:.3f}", f"{seconds:.3f}",
+            f"{taken:.3f}", f"{ratios[1]:.2f}", f"{min(spread):.2f} to {max(spread):.2f}",
             "missed" if each.missed else "",
         )  # fmt: skip
     console.print(table)
     if not arguments.quick and arguments.exponents:
-        console.print(exponents(device, arguments.runs, arguments.exponents))
+        console.print(exponents(device, arguments.exponents))
     return int(arguments.check and any(each.missed for each in outcomes))
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsteer.costs import CHUNK, SWEEP_LOGITS
+from mechsteer.costs import CHUNK, SWEEP_LOGITS, BatchSize
 from mechsteer.engine import Cell, Clean, Engine, first_stage, shape_of
 from mechsteer.memory import Memory, devices_of
 from mechsteer.progress import Bar
@@ -42,38 +42,6 @@ class Group:
         packed = engine.packs(own[0])
         starts = engine.starts(own) if packed else torch.zeros(len(own), len(engine.prompts), dtype=torch.long)
         return Group(members, starts.to(engine.prompts.tokens.device), packed, stage)
-
-
-@dataclass
-class BatchSize:
-    """How many rows a batch has: doubled or halved as long as that is faster, and halved when memory runs out."""
-
-    rows: int
-    fixed: bool = False
-    _best: float = 0.0
-    _factor: float = 2.0
-    _tried: int = 0
-
-    def report(self, rows: int, flops: float, seconds: float) -> None:
-        """Learn from a batch, unless it was too small to tell or the search is over."""
-        if self.fixed or self._tried > 6 or rows < 0.7 * self.rows:
-            return
-        speed = flops / seconds
-        if speed > 1.03 * self._best:
-            self._best = speed
-            self.rows = max(64, int(self.rows * self._factor))
-        else:
-            # Back to the best so far; then the other direction, once.
-            self.rows = int(self.rows / self._factor)
-            if self._factor > 1 and self._tried <= 2:
-                self._factor = 0.5
-                self.rows = max(64, int(self.rows * self._factor))
-            else:
-                self.fixed = True
-        self._tried += 1
-
-    def out_of_memory(self) -> None:
-        self.rows, self.fixed = max(1, self.rows // 2), True
 
 
 @dataclass(frozen=True)

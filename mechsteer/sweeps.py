@@ -14,8 +14,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mechsteer.batches import Batch, BatchSize, Grid, is_out_of_memory, run_here
-from mechsteer.costs import ROWS
+from mechsteer.batches import Batch, Grid, is_out_of_memory, run_here
+from mechsteer.costs import ROWS, BatchSize
 from mechsteer.engine import Cell, Engine, Work
 from mechsteer.errors import MechsteerError
 from mechsteer.executors import Executor, Failure, executor_of

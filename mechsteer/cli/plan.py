@@ -1,5 +1,7 @@
 """`mechsteer plan`: what a sweep, a search or a study will take, before it is run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -69,6 +71,12 @@ class Running:
         """What every plan takes of them, by name."""
         return {name: getattr(self, name) for name in ("device", "workers", "tf32")}
 
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Around what makes the plan: measuring this machine takes some seconds."""
+        with terminal.for_machines(self.json), terminal.status("measuring this machine", quiet=self.device != "here"):
+            yield
+
 
 @app.command(
     epilog=options.epilog(
@@ -101,7 +109,7 @@ def sweep(
 ) -> None:
     """Plan a sweep over layers, positions, heads, strengths or anything else."""
     model = _model_of(text, running)
-    with terminal.for_machines(running.json):
+    with running.planning():
         from mechsteer.plan import Shape, plan_sweep
 
         shape = Shape.of(model, dtype=running.dtype)
@@ -110,7 +118,7 @@ def sweep(
             shape, axes=sizes, prompts=prompts, positions=positions, kind=kind, layer=layer,
             at=int(at) if at.lstrip("-").isdigit() else at, completion=completion, **running.machines,
         )  # fmt: skip
-    _say(plan, running.json, "sweep")
+    _say(plan, running, "sweep")
 
 
 @app.command(
@@ -141,7 +149,7 @@ def prefix(
 ) -> None:
     """Plan a search for a prefix: soft prefix, beam, and candidates."""
     model = _model_of(text, running)
-    with terminal.for_machines(running.json):
+    with running.planning():
         from mechsteer.plan import plan_prefix
 
         plan = plan_prefix(
@@ -149,7 +157,7 @@ def prefix(
             width=width, prompts=prompts, positions=positions, completion=completion, dtype=running.dtype,
             **running.machines,
         )  # fmt: skip
-    _say(plan, running.json, "prefix")
+    _say(plan, running, "prefix")
 
 
 @app.command(
@@ -176,14 +184,14 @@ def study(
     """Plan a study, chapter by chapter."""
     model = _model_of(text, running)
     many = int(requests) if requests.isdecimal() else len(options.lines_of(Path(requests), "--requests"))
-    with terminal.for_machines(running.json):
+    with running.planning():
         from mechsteer.plan import plan_study
 
         plan = plan_study(
             model, requests=many, positions=positions, tokens=tokens, max_new_tokens=max_new_tokens,
             chapters=None if chapters is None else options.names(chapters), dtype=running.dtype, **running.machines,
         )  # fmt: skip
-    _say(plan, running.json, "study")
+    _say(plan, running, "study")
 
 
 def _model_of(text: str | None, running: Running) -> str:
@@ -214,8 +222,8 @@ def _axes(text: str) -> dict[str, int]:
     return found
 
 
-def _say(plan: "Plan", json: bool, command: str) -> None:
-    if json:
+def _say(plan: "Plan", running: Running, command: str) -> None:
+    if running.json:
         terminal.document({"command": f"plan {command}", **plan.as_json()})
         return
     from mechsteer.plan.estimate import quantity, size
@@ -224,6 +232,11 @@ def _say(plan: "Plan", json: bool, command: str) -> None:
     about = f"{shape.name or 'a model'}: {quantity(shape.parameters, '').strip()} parameters, {shape.dtype}"
     columns = ("stage", "operations", "bytes moved", "memory", "wall time", "")
     fits = "" if plan.fits else f" It does not fit: {plan.device.name} has {size(plan.device.memory)}."
+    notes = list(plan.notes)
+    if running.dtype is None and shape.dtype != "float32":
+        notes.append(
+            f"Planned in {shape.dtype}, the model's own type. Commands load float32 where --dtype says nothing."
+        )
     hours = f"{plan.gpu_hours:.3g} {'GPU' if plan.device.kind == 'cuda' else 'CPU'}-hours"
     terminal.say(
         [
@@ -231,6 +244,6 @@ def _say(plan: "Plan", json: bool, command: str) -> None:
             Text(about),
             terminal.table(columns, plan.rows(), numbers=columns[1:5], whole=("stage",)),
             Text(f"{hours} on {plan.workers} x {plan.device.name}.{fits}"),
-            *(Text(note, "dim") for note in plan.notes),
+            *(Text(note, "dim") for note in notes),
         ]
     )

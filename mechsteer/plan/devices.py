@@ -19,6 +19,8 @@ T, G = 1e12, 1e9
 # measurements on the machine that it runs on.
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.6, 0.3, 0.75
 LAYER_SECONDS, BATCH_SECONDS, CALL_SECONDS = 4e-4, 2e-3, 0.1
+# How many times as long a layer and a batch take the host with their gradient.
+BACK_LAYER, BACK_BATCH = 3.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ class Device:
         matmul_share, attention_share, bandwidth_share: of the peaks that are reached.
         layer_seconds, batch_seconds, cell_seconds, call_seconds: what the host does for a layer of a pass, a batch, a
             cell, and a whole sweep or search, besides what the device computes.
+        back_layer, back_batch: how many times as long as `layer_seconds` and `batch_seconds` these are with a gradient.
         measured: whether these are measurements of this machine; else shares and seconds are assumptions.
         matmul, attention, move: measured rates over the sizes of a kernel, where there are any: operations a second
             over rows and the square root of the weights; over queries x keys and d_head; bytes a second over bytes.
         slower: how many times as long as a mere move norms ("norm") and activations ("act") take.
-        engine: how many times as long as its kernels alone a layer of the engine takes, over d_model.
+        engine, engine_back: how many times as long as their kernels alone the layers of the engine take, over d_model,
+            and with their gradient.
     """
 
     name: str
@@ -90,12 +94,15 @@ class Device:
     batch_seconds: float | int = BATCH_SECONDS
     cell_seconds: float | int = 5e-5
     call_seconds: float | int = CALL_SECONDS
+    back_layer: float | int = BACK_LAYER
+    back_batch: float | int = BACK_BATCH
     measured: bool = False
     matmul: Table | None = field(default=None, repr=False)
     attention: Table | None = field(default=None, repr=False)
     move: Table | None = field(default=None, repr=False)
     slower: Mapping[str, float] = field(default_factory=dict, repr=False)
     engine: Table | None = field(default=None, repr=False)
+    engine_back: Table | None = field(default=None, repr=False)
 
     def seconds(self, kernel: Kernel, dtype: str) -> float:
         """Of the kernel on the device: the longer of computing and moving, as the roofline model has it (Williams,
@@ -127,13 +134,31 @@ class Device:
             )
         return self.peak[dtype]
 
-    def time(self, kernels: float | int, layers: float | int, d_model: int) -> float:
-        """Seconds of a batch whose kernels take so long and that goes through so many layers."""
-        if self.engine is not None:
-            kernels = kernels * self.engine.at(d_model)
-        host = self.batch_seconds + layers * self.layer_seconds
+    def time(
+        self,
+        kernels: float | int,
+        layers: float | int,
+        d_model: int,
+        *,
+        rest: float | int = 0.0,
+        backward: bool = False,
+    ) -> float:
+        """Seconds of a batch.
+
+        Args:
+            kernels: seconds that those of its layers take by themselves.
+            layers: how many.
+            d_model: of the model.
+            rest: seconds of the other kernels.
+            backward: whether with a gradient.
+        """
+        engine = self.engine_back if backward else self.engine
+        if engine is not None:
+            kernels = kernels * engine.at(d_model)
+        batch, layer = (self.back_batch, self.back_layer) if backward else (1.0, 1.0)
+        host = batch * self.batch_seconds + layer * layers * self.layer_seconds
         # The host runs ahead of a GPU: whichever takes longer.
-        return host + kernels if self.kind == "cpu" else max(host, kernels)
+        return host + kernels + rest if self.kind == "cpu" else max(host, kernels + rest)
 
 
 def _gpu(
@@ -169,7 +194,7 @@ def device(name: "str | Device", *, dtype: str = "float32", tf32: bool = False) 
     """A device by name.
 
     Args:
-        name: one of `DEVICES`; "here", which measures this machine for a second or two; or a Device.
+        name: one of `DEVICES`; "here", which measures this machine for about ten seconds; or a Device.
         dtype: that "here" measures with.
         tf32: whether float32 products are those of TF32.
 

@@ -159,24 +159,14 @@ def estimate(
 
 def costed(work: Work, shape: Shape, device: Device, workers: int) -> Stage:
     """What a stage will take on a device."""
-    dims = shape.dims
     flops = moved = 0.0
     units: list[tuple[float, int]] = []
     known: dict[Part, tuple[float, float, float]] = {}
     for one in work.passes:
-        kernels = 0.0
-        for part, often in one.parts(dims):
-            if part not in known:
-                made = part.kernels(dims, shape.itemsize)
-                known[part] = (
-                    sum(each.flops * each.times for each in made), sum(each.bytes * each.times for each in made),
-                    sum(device.seconds(each, shape.dtype) for each in made),
-                )  # fmt: skip
-            found = known[part]
-            flops += found[0] * often * one.times
-            moved += found[1] * often * one.times
-            kernels += found[2] * often
-        units.append((device.time(kernels, one.layers(dims), dims.d_model), one.times))
+        found = taken(one, shape, device, known)
+        flops += found[0] * one.times
+        moved += found[1] * one.times
+        units.append((found[2], one.times))
     cells = work.cells * device.cell_seconds
     # Each call looks whether the weights are still the same, which reads them once.
     extra = [*work.extra, Kernel("move", 0.0, weights_memory(shape) / 2, times=work.calls)]
@@ -191,6 +181,28 @@ def costed(work: Work, shape: Shape, device: Device, workers: int) -> Stage:
         total = max(total * math.ceil(batches / workers) / batches, total / workers, longest)
     memory = weights_memory(shape) + work.kept + work.batch
     return Stage(work.name, flops, moved, memory, alone + total, sum(one.times for one in work.passes), work.note)
+
+
+def taken(
+    one: Pass, shape: Shape, device: Device, known: dict[Part, tuple[float, float, float]]
+) -> tuple[float, float, float]:
+    """Operations, bytes and seconds of one batch; `known` keeps those of its parts, which many batches have."""
+    dims = shape.dims
+    flops = moved = kernels = rest = 0.0
+    for part, often in one.parts(dims):
+        if part not in known:
+            made = part.kernels(dims, shape.itemsize)
+            known[part] = (
+                sum(each.flops * each.times for each in made), sum(each.bytes * each.times for each in made),
+                sum(device.seconds(each, shape.dtype) for each in made),
+            )  # fmt: skip
+        found = known[part]
+        flops, moved = flops + found[0] * often, moved + found[1] * often
+        if part.name == "logits":
+            rest += found[2] * often
+        else:
+            kernels += found[2] * often
+    return flops, moved, device.time(kernels, one.layers(dims), dims.d_model, rest=rest, backward=one.backward)
 
 
 def weights_memory(shape: Shape) -> float:

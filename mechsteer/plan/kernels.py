@@ -81,9 +81,9 @@ class Pass:
             made.append((Part("logits", None, rows=self.logits, backward=back), 1.0))
         return made
 
-    def layers(self, dims: Dims) -> float:
-        """Layers that one of them runs; those of a gradient count once more."""
-        return (dims.n_layers - self.first) * (2.0 if self.backward else 1.0)
+    def layers(self, dims: Dims) -> int:
+        """Layers that one of them runs."""
+        return dims.n_layers - self.first
 
 
 @dataclass(frozen=True)

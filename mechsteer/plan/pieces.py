@@ -1,11 +1,25 @@
 """The pieces that all work is made of, batch by batch as the engine makes them: sweeps, generation, gradients."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from mechsteer.costs import CHUNK, GRAPH_ROWS, ROWS, STAGES, SWEEP_LOGITS, Counts, Dims, counted, kept_bytes, whole
-from mechsteer.plan.estimate import Work, batch_memory
-from mechsteer.plan.kernels import Pass
+from mechsteer.costs import (
+    CHUNK,
+    GRAPH_ROWS,
+    ROWS,
+    STAGES,
+    SWEEP_LOGITS,
+    BatchSize,
+    Counts,
+    Dims,
+    counted,
+    kept_bytes,
+    whole,
+)
+from mechsteer.plan.devices import Device
+from mechsteer.plan.estimate import Work, batch_memory, taken
+from mechsteer.plan.kernels import Part, Pass
 from mechsteer.plan.shape import Shape
 
 # Prompts that are generated side by side.
@@ -72,7 +86,7 @@ def swept(
     shape: Shape,
     groups: Sequence[Cells],
     prompts: Prompts,
-    device: str,
+    device: Device,
     *,
     name: str = "sweep",
     rows: int | None = None,
@@ -84,14 +98,14 @@ def swept(
         shape: of the model.
         groups: all its cells.
         prompts: that it is over.
-        device: "cpu" or "cuda", which says how large batches are.
+        device: that it is on.
         name: of the stage.
-        rows: of a batch; None for what suits the device.
+        rows: of a batch; None for what the engine finds to be fast, as it is foretold to be.
         note: of the stage.
     """
-    dims, rows = shape.dims, rows or ROWS[device]
+    dims = shape.dims
     groups = [Cells(each.stage, tuple((min(start, prompts.stop), n) for start, n in each.starts)) for each in groups]
-    per = max(1, CHUNK[device] // prompts.length)
+    per = max(1, CHUNK[device.kind] // prompts.length)
     parts = {min(per, prompts.n): prompts.n // per if prompts.n > per else 1}
     if prompts.n > per and prompts.n % per:
         parts[prompts.n % per] = 1
@@ -99,20 +113,21 @@ def swept(
     needs_logits = any(start > prompts.read[0] for each in groups for start, _ in each.starts)
     # Late starts need the last layer whole; else only its keys and values are used.
     late = max(stages) >= 2 * dims.n_layers - 1
+    size, known = BatchSize(rows or ROWS[device.kind], fixed=rows is not None), {}
     passes: list[Pass] = []
     for n, times in parts.items():
         read = None if late else prompts.read if needs_logits else ()
         logits = n * len(prompts.read) if needs_logits else 0
         passes.append(Pass(whole(n, prompts.length, read), embeds=True, logits=logits, times=times))
-        made: dict[tuple[tuple[int, int], ...], list[tuple[Counts, int, int]]] = {}
-        for group in groups:
-            if group.starts not in made:
-                made[group.starts] = _counted(dims, group.starts, prompts, n, rows)
-            stage = group.stage
-            passes += [
-                Pass(counts, max(0, stage) // 2, stage > 0 and stage % 2 == 1, logits, stage < 0, times=many * times)
-                for counts, logits, many in made[group.starts]
-            ]
+        if not size.settled:
+            # The size is searched for in the first batches, the very first of which waits for the clean pass.
+            waited = taken(passes[-1], shape, device, known)[2]
+            passes += _passes(shape, groups, prompts, n, size, device, known, waited)
+            times -= 1
+        if times:
+            last = BatchSize(size.rows, fixed=True)
+            found = _passes(shape, groups, prompts, n, last, device, known)
+            passes += [replace(each, times=each.times * times) for each in found]
     largest = max(parts)
     kept = kept_bytes(
         dims, shape.itemsize, largest * prompts.length, states=sum(stage >= 0 for stage in stages),
@@ -123,48 +138,76 @@ def swept(
     return Work(name, passes, cells=cells, splits=cells > 1, kept=kept, batch=batch, note=note)
 
 
+def _passes(
+    shape: Shape, groups: Sequence[Cells], prompts: Prompts, n: int, size: BatchSize, device: Device,
+    known: dict[Part, tuple[float, float, float]], waited: float | int = 0.0,
+) -> list[Pass]:  # fmt: skip
+    """The batches of all groups on n of the prompts.
+
+    Args:
+        size: of a batch. It changes as that of the engine does, to which each batch tells how fast it was.
+        waited: seconds that the first batch has to wait.
+    """
+    passes: list[Pass] = []
+    made: dict[tuple[tuple[int, int], ...], list[tuple[Counts, int, int]]] = {}
+    for group in groups:
+        stage, settled = group.stage, size.settled
+        batches = made.get(group.starts) if settled else None
+        if batches is None:
+            batches = []
+            for cells, many in _batches(shape.dims, group.starts, prompts, n, size):
+                if all(start >= prompts.stop for start, _ in cells):
+                    continue
+                counts = counted(cells, prompts.stop, prompts.read, n)
+                logits = n * sum(k * sum(at >= start for at in prompts.read) for start, k in cells)
+                batches.append((counts, logits, many))
+                if not size.settled:
+                    one = _pass(stage, counts, logits, many)
+                    flops, _, seconds = taken(one, shape, device, known)
+                    size.report(counts.rows, flops, seconds + waited)
+                    waited = 0.0
+            if settled:
+                made[group.starts] = batches
+        passes += [_pass(stage, *each) for each in batches]
+    return passes
+
+
+def _pass(stage: int, counts: Counts, logits: int, many: int) -> Pass:
+    return Pass(counts, max(0, stage) // 2, stage > 0 and stage % 2 == 1, logits, stage < 0, times=many)
+
+
 def _batches(
-    dims: Dims, starts: Iterable[tuple[int, int]], prompts: Prompts, n: int, rows: int
-) -> Iterable[tuple[tuple[tuple[int, int], ...], int]]:
+    dims: Dims, starts: Iterable[tuple[int, int]], prompts: Prompts, n: int, size: BatchSize
+) -> Iterator[tuple[tuple[tuple[int, int], ...], int]]:
     """(starts of a batch's cells, how many such batches there are), as `mechsteer.batches` fills them: cells with most
     rows first, as many as there is room for."""
     most = max(1, SWEEP_LOGITS // (max(1, n * len(prompts.read)) * dims.d_vocab))
-    batch: list[tuple[int, int]] = []
-    cells = used = 0
-    for start, left in sorted(starts):
-        cost = (prompts.stop - start) * n
-        while left:
-            room = most - cells if not cost else min(most - cells, (rows - used) // cost)
-            if not cells:
-                room = max(1, room)
-                if left >= room:
-                    yield ((start, room),), left // room
-                    left %= room
-                    continue
-            taken = min(left, max(0, room))
-            if taken:
-                batch.append((start, taken))
-                cells, used, left = cells + taken, used + taken * cost, left - taken
-            if left:
-                yield tuple(batch), 1
-                batch, cells, used = [], 0, 0
-    if batch:
-        yield tuple(batch), 1
+    left = deque(sorted(starts))
+    while left:
+        batch: list[tuple[int, int]] = []
+        cells = used = 0
+        many = 1
+        while left and many == 1:
+            start, there = left[0]
+            cost = (prompts.stop - start) * n
+            room = most - cells if not cost else min(most - cells, (size.rows - used) // cost)
+            room = room if cells else max(1, room)
+            if room < 1:
+                break
+            fit = min(there, room)
+            if not cells and size.settled:
+                # Full batches with the same start, all at once, but for one that others might still fit into.
+                many = max(1, (there - 1) // room)
+            batch.append((start, fit))
+            cells, used = cells + fit, used + fit * cost
+            left.popleft()
+            if there > fit * many:
+                left.appendleft((start, there - fit * many))
+                break
+        yield tuple(batch), many
 
 
-def _counted(
-    dims: Dims, starts: Iterable[tuple[int, int]], prompts: Prompts, n: int, rows: int
-) -> list[tuple[Counts, int, int]]:
-    """(counts, rows of logits, how many) of each batch that computes something."""
-    found: list[tuple[Counts, int, int]] = []
-    for cells, many in _batches(dims, starts, prompts, n, rows):
-        if any(start < prompts.stop for start, _ in cells):
-            logits = n * sum(k * sum(at >= start for at in prompts.read) for start, k in cells)
-            found.append((counted(cells, prompts.stop, prompts.read, n), logits, many))
-    return found
-
-
-def scored(shape: Shape, prompts: Prompts, device: str, name: str = "scores", times: int = 1) -> Work:
+def scored(shape: Shape, prompts: Prompts, device: Device, name: str = "scores", times: int = 1) -> Work:
     """Plain measurements of an objective, one sweep of one cell each."""
     return repeated(swept(shape, [nothing(shape.dims)], prompts, device, name=name), times)
 
@@ -198,12 +241,12 @@ def recorded(shape: Shape, n: int, length: int, kinds: float | int, name: str = 
 
 
 def gradients(
-    shape: Shape, n: int, prompts: Prompts, first: int, device: str, *, cells: int = 1, name: str = "gradients"
+    shape: Shape, n: int, prompts: Prompts, first: int, device: Device, *, cells: int = 1, name: str = "gradients"
 ) -> Work:
     """n forward and backward passes of all prompts from position `first` on, cells side by side."""
     dims = shape.dims
     cost = (prompts.stop - first) * cells
-    per = max(1, min(prompts.n, GRAPH_ROWS[device] // max(1, cost)))
+    per = max(1, min(prompts.n, GRAPH_ROWS[device.kind] // max(1, cost)))
     parts = {per: prompts.n // per} | ({prompts.n % per: 1} if prompts.n % per else {})
     passes = [
         Pass(

@@ -89,10 +89,10 @@ def plan_prefix(
     stages: list[Work] = []
     if steps:
         held = replace(placed, n=validation) if validation else None
-        stages.append(soft(shape, placed, before, tokens, steps, restarts, machine.kind, held))
+        stages.append(soft(shape, placed, before, tokens, steps, restarts, machine, held))
     spent = 0
     if beam:
-        stages.append(beamed(shape, placed, before, tokens, beam, top_k, machine.kind))
+        stages.append(beamed(shape, placed, before, tokens, beam, top_k, machine))
         spent = 2 + top_k + (tokens - 1) * beam * top_k
         if evaluations <= spent:
             raise MechsteerError(
@@ -100,9 +100,7 @@ def plan_prefix(
                 f"take {spent}. Pass more, or a smaller beam."
             )
     stages.append(
-        searched(
-            shape, placed, before, tokens, evaluations - spent, method, width, machine.kind, candidate_seconds(text)
-        )
+        searched(shape, placed, before, tokens, evaluations - spent, method, width, machine, candidate_seconds(text))
     )
     what = f"prefix of {tokens} tokens, {evaluations} evaluations, {prompts} prompts of {placed.length} tokens"
     notes = [*assumptions(machine, shape, workers), "Moves that help are also tried together: that adds a few passes."]
@@ -116,7 +114,7 @@ def candidate_seconds(text: bool = True) -> float:
 
 
 def soft(
-    shape: Shape, prompts: Prompts, before: int, tokens: int, steps: int, restarts: int, device: str,
+    shape: Shape, prompts: Prompts, before: int, tokens: int, steps: int, restarts: int, device: Device,
     held: Prompts | None = None,
 ) -> Work:  # fmt: skip
     """A soft prefix: a gradient a step, and a look at the held-out prompts every ten."""
@@ -133,7 +131,7 @@ def soft(
     return together(f"soft prefix, {steps} steps", parts)
 
 
-def beamed(shape: Shape, prompts: Prompts, before: int, tokens: int, beam: int, top_k: int, device: str) -> Work:
+def beamed(shape: Shape, prompts: Prompts, before: int, tokens: int, beam: int, top_k: int, device: Device) -> Work:
     """The beam: a sweep for each slot."""
     sizes = [2, top_k, *[beam * top_k] * (tokens - 1)]
     parts = [swept(shape, [Cells(-1, ((before, n),))], prompts, device) for n in sizes]
@@ -141,7 +139,7 @@ def beamed(shape: Shape, prompts: Prompts, before: int, tokens: int, beam: int, 
 
 
 def searched(
-    shape: Shape, prompts: Prompts, before: int, tokens: int, evaluations: int, method: str, width: int, device: str,
+    shape: Shape, prompts: Prompts, before: int, tokens: int, evaluations: int, method: str, width: int, device: Device,
     host: float | int,
 ) -> Work:  # fmt: skip
     """Steps of a search: a gradient, the keys and values before the end of the present prefix, and its candidates."""
@@ -151,8 +149,8 @@ def searched(
     per = max(
         1,
         min(
-            prompts.n, CANDIDATE_TOKENS[device] // (prompts.length - tokens),
-            CANDIDATE_LOGITS[device] // (len(prompts.read) * dims.d_vocab),
+            prompts.n, CANDIDATE_TOKENS[device.kind] // (prompts.length - tokens),
+            CANDIDATE_LOGITS[device.kind] // (len(prompts.read) * dims.d_vocab),
         ),
     )  # fmt: skip
     parts = {per: prompts.n // per} | ({prompts.n % per: 1} if prompts.n % per else {})
@@ -162,7 +160,7 @@ def searched(
         logits = n * len(prompts.read)
         passes.append(Pass(start, logits=logits, embeds=True, backward=True, times=times * steps))
         passes.append(Pass(whole(n, before + tokens, ()), embeds=True, times=times * steps))
-        for starts, many in _candidates(dims, prompts, before, tokens, min(each, evaluations), n, device, method):
+        for starts, many in _candidates(dims, prompts, before, tokens, min(each, evaluations), n, device.kind, method):
             passes.append(_candidate_pass(dims, starts, prompts, before, tokens, n, many * times * steps))
     cache = kept_bytes(dims, shape.itemsize, prompts.n * (prompts.length + 4))
     # The table that tokens are ranked with is in fp64, and is read once for each gradient.

@@ -22,7 +22,7 @@ from mechsteer.plan.pieces import (
 )
 from mechsteer.plan.searches import beamed, candidate_seconds, searched, soft
 from mechsteer.plan.shape import Shape
-from mechsteer.plan.sweeps import Planned, _device, assumptions, check_numbers
+from mechsteer.plan.sweeps import Planned, _device, assumptions, check_numbers, shared_rows
 
 ROUGH: dict[str, tuple[float, str]] = {
     "travel": (1.8, "passes in forward mode, dense Jacobians and their singular values"),
@@ -42,15 +42,17 @@ class _Case:
         plain: tokens of a request without the prefix.
         prefix: of the prefix.
         new: of a completion.
+        rows: of a batch of a sweep; see `swept`.
     """
 
     shape: Shape
-    device: str
+    device: Device
     search: int
     held: int
     plain: int
     prefix: int
     new: int
+    rows: int | None = None
 
     @property
     def n(self) -> int:
@@ -63,7 +65,7 @@ class _Case:
         return self.plain + self.prefix
 
     def swept(self, groups: Sequence[Cells], prompts: Prompts) -> Work:
-        return swept(self.shape, groups, prompts, self.device)
+        return swept(self.shape, groups, prompts, self.device, rows=self.rows)
 
     def scored(self, n: int, length: int, times: int = 1) -> Work:
         return scored(self.shape, Prompts.of(n, length, self.new), self.device, times=times)
@@ -122,7 +124,9 @@ def plan_study(
         if name not in NAMES:
             raise MechsteerError(f"chapters: {name!r} is none of {', '.join(NAMES)}.")
     half = requests // 2
-    case = _Case(shape, machine.kind, requests - half, half, positions, tokens, max_new_tokens)
+    case = _Case(
+        shape, machine, requests - half, half, positions, tokens, max_new_tokens, shared_rows(machine, workers)
+    )
     stages = [together("completions", [case.said(case.n, case.long), case.said(case.n, case.plain)])]
     made: set[str] = set()
     for name in [each for each in NAMES if each in asked]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from mechsteer.costs import ROWS
 from mechsteer.errors import MechsteerError
 from mechsteer.plan.devices import Device, device
 from mechsteer.plan.estimate import Plan, estimate, told
@@ -77,9 +78,14 @@ def plan_sweep(
     sizes = {name: _values(name, values) for name, values in axes.items()}
     groups = _groups(shape, sizes, kind, layer, at, positions)
     counts = {name: len(values) for name, values in sizes.items()}
-    work = swept(shape, groups, whole, machine.kind, rows=rows)
+    work = swept(shape, groups, whole, machine, rows=rows or shared_rows(machine, workers))
     what = f"sweep of {told(counts) or '1 cell'}, {kind}, {prompts} prompts of {whole.length} tokens"
     return estimate(what, [work], shape, machine, workers, assumptions(machine, shape, workers))
+
+
+def shared_rows(machine: Device, workers: int) -> int | None:
+    """Rows of the batches that workers share, which are all of one size; None for one worker alone."""
+    return ROWS[machine.kind] if workers > 1 else None
 
 
 def assumptions(machine: Device, shape: Shape, workers: int) -> list[str]:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import cases
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,10 +15,12 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import mechsteer as ms
 from mechsteer.backends.packing import Pack
-from mechsteer.costs import counted
+from mechsteer.batches import Grid
+from mechsteer.costs import BatchSize, counted
 from mechsteer.engine import Engine
-from mechsteer.plan import DEVICES, Plan
+from mechsteer.plan import DEVICES, Device, Plan
 from mechsteer.plan.kernels import Pass
+from mechsteer.plan.pieces import Prompts, _batches
 from mechsteer.prefix import optimise_soft_prefix, search_prefix
 from mechsteer.rows import Rows
 from mechsteer.vocabulary import insert
@@ -103,6 +106,34 @@ def test_operations_of_a_sweep_are_those_that_the_engine_counts(
     )  # fmt: skip
     plan = ms.plan_sweep(SHAPE, axes=axes, prompts=7, positions=12, rows=rows, **options)
     assert plan.flops == pytest.approx(flops(done), rel=0.01)
+
+
+@pytest.mark.parametrize("rows", [40, 200, 1000])
+def test_batches_of_a_plan_are_those_of_the_engine(model: ms.Model, rows: int) -> None:
+    prompts = ms.Prompts.from_ids(tokens(3, 12))
+    cells = [(ms.Scale(ms.Site("resid_pre", 1, pos=pos), 0.5),) for pos in range(12) for _ in range(5)]
+    grid = Grid(Engine(model, prompts, {"gap": ms.LogitGap([5], [9])}), cells)
+    made = grid.batches(np.zeros((len(cells), 3), dtype=bool), rows)
+    plan = ms.plan_sweep(SHAPE, axes={"pos": 12, "alpha": 5}, layer=1, prompts=3, positions=12, rows=rows)
+    assert plan.stages[0].batches == len(made) + 1  # and the clean pass
+    planned = _batches(SHAPE.dims, [(pos, 5) for pos in range(12)], Prompts.of(3, 12), 3, BatchSize(rows, fixed=True))
+    sizes = [sum(n for _, n in starts) for starts, many in planned for _ in range(many)]
+    assert sizes == [len(batch.places) for batch in made]
+
+
+def test_a_plan_looks_for_the_batch_size_as_the_engine_does() -> None:
+    grid: dict[str, Any] = {"axes": {"alpha": 400}, "prompts": 8, "positions": 12}
+    # Where only batches cost, larger ones are faster, and are doubled after each of the first ones.
+    host = Device("host", "cpu", {"float32": 1e15}, 1e15, 1e12, layer_seconds=0.0, batch_seconds=1.0)
+    assert ms.plan_sweep(SHAPE, **grid, device=host).stages[0].batches == 1 + 6  # 10, 21, 42, 85, 170 cells, the rest
+    # Where nothing but operations cost, the first size is as good as any.
+    plain = Device("plain", "cpu", {"float32": 1e9}, 1e15, 1e12, layer_seconds=0.0, batch_seconds=0.0)
+    fixed = ms.plan_sweep(SHAPE, **grid, device=plain, rows=1024)
+    found = ms.plan_sweep(SHAPE, **grid, device=plain)
+    assert fixed.stages[0].batches == 41 and 20 < found.stages[0].batches < 90
+    assert found.flops == fixed.flops
+    # Workers share batches of one size.
+    assert ms.plan_sweep(SHAPE, **grid, device=host, workers=2).stages[0].batches == 41
 
 
 def test_operations_of_a_prefix_search_are_those_that_it_counts(model: ms.Model) -> None:

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import mechsteer as ms
-from mechsteer import batches as batches_module
+from mechsteer import costs
 from mechsteer import engine as engine_module
 
 LENGTHS = (12, 20, 16)
@@ -492,12 +492,12 @@ def test_batches_halve_when_memory_runs_out(llama: ms.Model, expected: Any, monk
 
 
 def test_the_size_of_batches_is_searched_by_speed() -> None:
-    size = batches_module.BatchSize(1024)
+    size = costs.BatchSize(1024)
     # 2048 is the fastest: 1 us an operation there, 2 us elsewhere.
     for _ in range(12):
         size.report(size.rows, 1000.0, 1000e-6 if size.rows == 2048 else 2000e-6)
     assert size.rows == 2048
-    size = batches_module.BatchSize(1024)
+    size = costs.BatchSize(1024)
     for _ in range(12):
         size.report(size.rows, 1000.0, 1e-9 * size.rows)
     assert size.rows < 1024

@@ -1,0 +1,198 @@
+"""What the engine takes besides its kernels, measured: the host's seconds, and how much slower kernels are inside it.
+
+Sweeps and gradients of small models with random weights are run side by side, in turns, so that a machine that is
+faster one second and slower the next is so for all of them. Their plans say which batches, layers and cells they have.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+
+from mechsteer.activations import ModelId
+from mechsteer.backends.blank import blank
+from mechsteer.costs import GRAPH_ROWS, ROWS, Dims
+from mechsteer.interventions import Add
+from mechsteer.model import Model
+from mechsteer.objectives import LogitGap, TeacherForcedCE
+from mechsteer.plan.clock import Timer
+from mechsteer.plan.devices import Device, Table
+from mechsteer.plan.estimate import Work, costed
+from mechsteer.plan.pieces import Cells, gradients, swept
+from mechsteer.plan.pieces import Prompts as Planned
+from mechsteer.plan.shape import Shape
+from mechsteer.prefix.loss import PrefixLoss
+from mechsteer.prompts import Prompts
+from mechsteer.site import Site
+from mechsteer.sweeps import sweep
+from mechsteer.vocabulary import insert
+
+# Models so small that hardly anything but the host counts, of few and of many layers; and (d_model, d_head, d_mlp) of
+# those whose kernels count.
+_FEW, _MANY = 2, 10
+_WHOLE = {"cpu": ((64, 16, 176), (192, 32, 512), (512, 64, 1408)), "cuda": ((256, 64, 704), (2048, 128, 5632))}
+_DEEP, _VOCAB = 3, 64
+# Turns that everything is run in, and calls in each.
+_TURNS, _CALLS = 6, 2
+_GAP = LogitGap([5], [9])
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """Something that is planned and run."""
+
+    shape: Shape
+    work: Work
+    run: Callable[[], Any]
+
+    @property
+    def layers(self) -> float:
+        return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes)
+
+    @property
+    def batches(self) -> int:
+        return sum(one.times for one in self.work.passes)
+
+    def seconds(self, device: Device) -> float:
+        """What its plan says."""
+        return costed(self.work, self.shape, device, 1).seconds
+
+
+def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.device) -> Device:
+    """The device, whose kernels by themselves are measured, with what the engine does besides."""
+
+    def shape(layers: int, d: int, d_head: int, d_mlp: int) -> Shape:
+        heads = d // d_head
+        return Shape(layers, d, heads, max(1, heads // 2), d_head, d_mlp, _VOCAB, dtype=str(dtype)[6:])
+
+    few, many = (shape(layers, 32, 16, 64) for layers in (_FEW, _MANY))
+    whole = [shape(_DEEP, *sizes) for sizes in _WHOLE[device.kind]]
+    sweeps = {
+        # From the first token on, and from the middle, with clean keys before it.
+        (each, cells, rows): _sweep(
+            each, device, dtype, at, n_prompts=1, length=8, cells=cells, rows=rows, starts=(0, 4)[:cells]
+        )
+        for each, cells, rows in ((few, 1, 1), (few, 16, 1), (few, 192, 1 << 20), (many, 1, 1), (many, 16, 1))
+    }
+    back = {each: _gradient(each, device, dtype, at, n_prompts=1, length=8) for each in (few, many)}
+    there = {each: _large_sweep(each, device, dtype, at) for each in whole}
+    back_too = {each: _large_gradient(each, device, dtype, at) for each in whole}
+    trials = [*sweeps.values(), *back.values(), *there.values(), *back_too.values()]
+    taken = timer.in_turns({trial: trial.run for trial in trials}, _TURNS, _CALLS)
+    bare = replace(
+        device, layer_seconds=0.0, batch_seconds=0.0, cell_seconds=0.0, call_seconds=0.0, back_layer=0.0,
+        back_batch=0.0,
+    )  # fmt: skip
+    # What kernels take by themselves, and the rest of small ones, which is the host's.
+    kernels = {trial: trial.seconds(bare) for trial in trials}
+    host = {trial: max(taken[trial] - kernels[trial], 0.2 * taken[trial]) for trial in trials}
+    found = replace(bare, **_host([(trial, host[trial]) for trial in sweeps.values()]))
+    layer = max(found.layer_seconds, (host[back[many]] - host[back[few]]) / (_MANY - _FEW))
+    batch = max(found.batch_seconds, host[back[few]] - _FEW * layer)
+    found = replace(found, back_layer=layer / found.layer_seconds, back_batch=batch / found.batch_seconds)
+
+    def slower(trial: _Trial) -> list[float]:
+        # The host runs ahead of a GPU.
+        besides = trial.seconds(found) - kernels[trial] if device.kind == "cpu" else 0.0
+        return [max(0.3, (taken[trial] - besides) / kernels[trial])]
+
+    widths = [each.d_model for each in whole]
+    return replace(
+        found,
+        engine=Table(widths, [1.0], [slower(there[each]) for each in whole]),
+        engine_back=Table(widths, [1.0], [slower(back_too[each]) for each in whole]),
+    )
+
+
+def _host(trials: list[tuple[_Trial, float]]) -> dict[str, float]:
+    """Seconds of a call, a batch, a layer and a cell: least squares of relative errors."""
+    rows = [
+        [each.work.calls / taken, each.batches / taken, each.layers / taken, each.work.cells / taken]
+        for each, taken in trials
+    ]
+    solved = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.double), torch.ones(len(rows), 1, dtype=torch.double))
+    call, batch, layer, cell = (max(1e-7, float(each)) for each in solved.solution.flatten())
+    return {"call_seconds": call, "batch_seconds": batch, "layer_seconds": layer, "cell_seconds": cell}
+
+
+def _sweep(
+    shape: Shape, device: Device, dtype: torch.dtype, at: torch.device, *, n_prompts: int, length: int, cells: int,
+    rows: int, starts: Sequence[int] = (0,),
+) -> _Trial:  # fmt: skip
+    """A vector in front of the first layer, at many strengths and some positions."""
+    model, prompts = _Blank(shape.dims, dtype, at), Prompts.from_ids(_ids(n_prompts, length))
+    vector = torch.ones(shape.d_model, dtype=dtype, device=at)
+    each = cells // len(starts)
+
+    def run() -> None:
+        sweep(
+            model, prompts, axes={"start": starts, "alpha": [float(alpha) for alpha in range(each)]}, rows=rows,
+            measure=_GAP, build=lambda start, alpha: Add(vector, alpha, site=("resid_pre", 0), at=start),
+            progress=False,
+        )  # fmt: skip
+
+    planned = Cells(0, tuple((start, each) for start in starts))
+    return _Trial(shape, swept(shape, [planned], Planned.of(n_prompts, length), device, rows=rows), run)
+
+
+def _large_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
+    rows = ROWS[at.type]
+    # Few batches where each takes long.
+    cells = max(1, rows // (8 * 24)) * max(1, min(4, _WHOLE[at.type][1][0] // shape.d_model))
+    return _sweep(shape, device, dtype, at, n_prompts=8, length=24, cells=cells, rows=rows)
+
+
+def _large_gradient(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
+    return _gradient(shape, device, dtype, at, n_prompts=max(8, GRAPH_ROWS[at.type] // (8 * 24)), length=24)
+
+
+def _gradient(
+    shape: Shape, device: Device, dtype: torch.dtype, at: torch.device, *, n_prompts: int, length: int
+) -> _Trial:
+    """The gradient of a completion's cross entropy at two soft tokens."""
+    slots, completion = 2, length // 3
+    before = length - slots - completion
+    ids = Prompts.from_ids(_ids(n_prompts, before), completions=_ids(n_prompts, completion).tolist())
+    loss = PrefixLoss(
+        _Blank(shape.dims, dtype, at), insert(ids, where="prefix", slots=slots), TeacherForcedCE(), n_prefixes=1
+    )
+    soft = torch.randn(1, slots, shape.d_model, generator=torch.Generator().manual_seed(0)).to(at)
+    work = gradients(shape, 1, Planned.of(n_prompts, before + slots, completion), 0, device)
+    return _Trial(shape, work, lambda: loss.gradient(soft))
+
+
+def _ids(n: int, length: int) -> torch.Tensor:
+    return torch.randint(4, _VOCAB, (n, length), generator=torch.Generator().manual_seed(0))
+
+
+class _Blank(Model):
+    """A model with random weights that only the packed pass runs."""
+
+    def __init__(self, dims: Dims, dtype: torch.dtype, at: torch.device) -> None:
+        self._blank, self._at, self._of = blank(dims, device=at, dtype=dtype), at, dtype
+        self.name, self.tokenizer = "blank", None
+        self._made = ModelId("blank", "0" * 64, False)
+        cfg = SimpleNamespace(
+            n_layers=dims.n_layers, d_model=dims.d_model, n_heads=dims.n_heads, n_key_value_heads=dims.n_kv_heads,
+            d_head=dims.d_head, d_mlp=dims.d_mlp, gated_mlp=dims.gated,
+        )  # fmt: skip
+        # What sweeps ask of it before they begin: its size, and where it is.
+        self.hooked = cast(Any, SimpleNamespace(cfg=cfg, parameters=lambda: iter([torch.empty(0, device=at)])))
+
+    decoder = property(lambda self: self._blank)
+    device = property(lambda self: self._at)
+    dtype = property(lambda self: self._of)
+    id = property(lambda self: self._made)
+    n_layers = property(lambda self: self._blank.n_layers)
+    d_model = property(lambda self: self._blank.dims.d_model)
+    d_vocab = property(lambda self: self._blank.d_vocab)
+    n_ctx = property(lambda self: 64)
+    has_decoder = property(lambda self: True)
+
+    def check_site(self, site: Site) -> None: ...
+
+    def check_edit(self, site: Site) -> None: ...
+
+    def check_width(self, site: Site, width: int, what: str) -> None: ...
