@@ -588,7 +588,7 @@ def test_a_killed_sweep_goes_on_where_it_ended(tmp_path: Path, batches: list[int
     folder = tmp_path / "sweep"
     process = subprocess.Popen([sys.executable, "-c", _KILLED, str(folder)], env={**os.environ, "HF_HUB_OFFLINE": "1"})
     deadline = time.monotonic() + 60
-    while len(list(folder.glob("shard-*"))) < 3 and time.monotonic() < deadline:
+    while len(list(folder.glob("shard-*.safetensors"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
