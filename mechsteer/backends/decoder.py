@@ -147,10 +147,10 @@ class Decoder:
         self, tokens: Int[Tensor, " row"], layout: Layout, edits: Edits, capture: Capture
     ) -> Float[Tensor, "row d_model"]:
         """The residual stream that enters layer 0."""
-        x = _tap("embed", -1, self.W_E[tokens], layout, edits, capture)
+        x = _tap("embed", -1, self.W_E.index_select(0, tokens), layout, edits, capture)
         if self.W_pos is None:
             return x
-        return x + _tap("pos_embed", -1, self.W_pos[layout.rows.position], layout, edits, capture)
+        return x + _tap("pos_embed", -1, self.W_pos.index_select(0, layout.rows.position), layout, edits, capture)
 
     def logits(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
         """Final norm and unembedding of rows."""
@@ -213,10 +213,10 @@ class Decoder:
                     attn_out = layer.ln1_post(attn_out)
                 attn_out = _tap("attn_out", index, attn_out, queries, edits, capture)
                 if queries is not pack.all:
-                    x = x[pack.last_index]
+                    x = pack.asked(x)
                 mid = x + attn_out
             elif queries is not pack.all:
-                mid = x[pack.last_index]
+                mid = pack.asked(x)
             mid = _tap("resid_mid", index, mid, queries, edits, capture)
             if keep:
                 keep(index, "resid_mid", mid.to(home))
@@ -328,16 +328,16 @@ class Decoder:
         whole = queries is pack.all
         if alike is not None and whole and not tapped:
             first, kind = alike.first.to(x.device), alike.kind.to(x.device)
-            qkv = layer.qkv(layer.ln1(x[first])).view(-1, n_q + 2 * n_kv, d)
+            qkv = layer.qkv(layer.ln1(x.index_select(0, first))).view(-1, n_q + 2 * n_kv, d)
             turn = None if layer.turns is None else layer.turns[pack.all.rows.position[first]]
             q, k = self._turned(layer, qkv[:, :n_q], qkv[:, n_q : n_q + n_kv], turn, turn)
-            return q[kind], k[kind], qkv[kind, n_q + n_kv :]
+            return q.index_select(0, kind), k.index_select(0, kind), qkv[:, n_q + n_kv :].index_select(0, kind)
         normal = layer.ln1(x)
         if whole:
             q, k, v = layer.qkv(normal).view(-1, n_q + 2 * n_kv, d).split([n_q, n_kv, n_kv], 1)
         else:
             k, v = layer.qkv(normal, slice(n_q * d, None)).view(-1, 2 * n_kv, d).split([n_kv, n_kv], 1)
-            q = layer.qkv(normal[pack.last_index], slice(n_q * d)).view(-1, n_q, d)
+            q = layer.qkv(pack.asked(normal), slice(n_q * d)).view(-1, n_q, d)
         if tapped:
             q = self.rotation.pair(_tap("q", index, self.rotation.unpair(q), queries, edits, capture))
             k = self.rotation.pair(_tap("k", index, self.rotation.unpair(k), pack.all, edits, capture))
@@ -399,7 +399,7 @@ class Decoder:
             buckets = [Bucket(pack, queries, None)]
         out = q.new_empty(q.shape) if len(buckets) > 1 else None
         for bucket in buckets:
-            mine_k, mine_v = (x if bucket.items is None else x[bucket.items] for x in (keys, values))
+            mine_k, mine_v = (x if bucket.items is None else x.index_select(0, bucket.items) for x in (keys, values))
             padded, mask = bucket.pad(q), bucket.mask(layer.window, q.dtype, joined)
             if not seen and self.soft_cap <= 0:
                 z = F.scaled_dot_product_attention(

@@ -42,17 +42,17 @@ class Layout:
         shape = (self.n_items, self.width, *x.shape[1:])
         if self.dense:
             return x.view(shape)
-        return x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy(0, self.index, x).view(shape)
+        return x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy_(0, self.index, x).view(shape)
 
     def pack(self, x: Float[Tensor, "item width *feature"]) -> Float[Tensor, "row *feature"]:
         """The rectangle's rows."""
         flat = x.reshape(self.n_items * self.width, *x.shape[2:])
-        return flat if self.dense else flat[self.index]
+        return flat if self.dense else flat.index_select(0, self.index)
 
     def positions(self, fill: int) -> Int[Tensor, "item width"]:
         """Absolute position at each place; `fill` where there is no row."""
         full = self.index.new_full((self.n_items * self.width,), fill)
-        return full.index_copy(0, self.index, self.rows.position).view(self.n_items, self.width)
+        return full.index_copy_(0, self.index, self.rows.position).view(self.n_items, self.width)
 
 
 class Pack:
@@ -171,11 +171,15 @@ class Pack:
             self._memo[key] = _additive(allowed, query < 0, dtype)
         return self._memo[key]
 
+    def asked(self, x: Float[Tensor, "row *feature"]) -> Float[Tensor, "last *feature"]:
+        """Of all rows those that the last layer is asked for."""
+        return x if self.last_index is None else x.index_select(0, self.last_index)
+
     def of_position(self, queries: Layout, table: Shaped[Tensor, "pos ..."]) -> Shaped[Tensor, "row ..."]:
         """What a table says of each row's position; kept, because all layers ask."""
         key = ("of_position", queries is self.last, id(table))
         if key not in self._memo:
-            self._memo[key] = table[queries.rows.position]
+            self._memo[key] = table.index_select(0, queries.rows.position)
         return self._memo[key]
 
     def key_positions(self, items: Int[Tensor, " item"] | None) -> Int[Tensor, "item key"]:
@@ -214,7 +218,7 @@ class Bucket:
             self.width = int(real.sum(1).max()) if real.numel() else 0
             self._query = position[:, : self.width]
             full = queries.index.new_full((queries.n_items * queries.width,), -1)
-            full = full.index_copy(0, queries.index, torch.arange(queries.index.shape[0], device=items.device))
+            full = full.index_copy_(0, queries.index, torch.arange(queries.index.shape[0], device=items.device))
             row = full.view(queries.n_items, queries.width)[items][:, : self.width].reshape(-1)
             self.place = (row >= 0).nonzero().squeeze(1)
             self.rows = row[self.place]
@@ -224,9 +228,9 @@ class Bucket:
 
     def pad(self, x: Float[Tensor, "query head d"]) -> Float[Tensor, "item head width d"]:
         """Query rows [row, head, d] as [item, head, width, d]."""
-        own = x if self.rows is None else x[self.rows]
+        own = x if self.rows is None else x.index_select(0, self.rows)
         if self.place is not None:
-            own = x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy(0, self.place, own)
+            own = x.new_zeros(self.n_items * self.width, *x.shape[1:]).index_copy_(0, self.place, own)
         return own.view(self.n_items, self.width, *x.shape[1:]).transpose(1, 2)
 
     def pack_into(
@@ -234,10 +238,10 @@ class Bucket:
     ) -> Float[Tensor, "query head d"]:
         """[item, head, width, d] as query rows, in `out` where other buckets have theirs."""
         flat = padded.transpose(1, 2).reshape(self.n_items * self.width, padded.shape[1], padded.shape[3])
-        own = flat if self.place is None else flat[self.place]
+        own = flat if self.place is None else flat.index_select(0, self.place)
         if self.rows is None or out is None:
             return own
-        return out.index_copy(0, self.rows, own)
+        return out.index_copy_(0, self.rows, own)
 
     def mask(
         self, window: int | None, dtype: torch.dtype, joined: bool = False

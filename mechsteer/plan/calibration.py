@@ -6,6 +6,7 @@ faster one second and slower the next is so for all of them. Their plans say whi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import geometric_mean
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -34,6 +35,9 @@ from mechsteer.vocabulary import insert
 _FEW, _MANY = 2, 10
 _WHOLE = {"cpu": ((64, 16, 176), (192, 32, 512), (512, 64, 1408)), "cuda": ((256, 64, 704), (2048, 128, 5632))}
 _DEEP, _VOCAB = 3, 64
+# Prompts and their tokens; and d_model at which several batches of them are still brief.
+_PROMPTS, _LENGTH = 8, 24
+_BRIEF = {"cpu": 192, "cuda": 2048}
 # Turns that everything is run in, and calls in each.
 _TURNS, _CALLS = 6, 2
 _GAP = LogitGap([5], [9])
@@ -77,7 +81,8 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
         for each, cells, rows in ((few, 1, 1), (few, 16, 1), (few, 192, 1 << 20), (many, 1, 1), (many, 16, 1))
     }
     back = {each: _gradient(each, device, dtype, at, n_prompts=1, length=8) for each in (few, many)}
-    there = {each: _large_sweep(each, device, dtype, at) for each in whole}
+    # Where all cells start alike, and where they start at every position.
+    there = {(each, starts): _large_sweep(each, device, dtype, at, starts) for each in whole for starts in (1, _LENGTH)}
     back_too = {each: _large_gradient(each, device, dtype, at) for each in whole}
     trials = [*sweeps.values(), *back.values(), *there.values(), *back_too.values()]
     taken = timer.in_turns({trial: trial.run for trial in trials}, _TURNS, _CALLS)
@@ -93,15 +98,16 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
     batch = max(found.batch_seconds, host[back[few]] - _FEW * layer)
     found = replace(found, back_layer=layer / found.layer_seconds, back_batch=batch / found.batch_seconds)
 
-    def slower(trial: _Trial) -> list[float]:
+    def slower(*of: _Trial) -> list[float]:
         # The host runs ahead of a GPU.
-        besides = trial.seconds(found) - kernels[trial] if device.kind == "cpu" else 0.0
-        return [max(0.3, (taken[trial] - besides) / kernels[trial])]
+        besides = [each.seconds(found) - kernels[each] if device.kind == "cpu" else 0.0 for each in of]
+        ratios = [(taken[each] - other) / kernels[each] for each, other in zip(of, besides, strict=True)]
+        return [geometric_mean(max(0.3, ratio) for ratio in ratios)]
 
     widths = [each.d_model for each in whole]
     return replace(
         found,
-        engine=Table(widths, [1.0], [slower(there[each]) for each in whole]),
+        engine=Table(widths, [1.0], [slower(there[each, 1], there[each, _LENGTH]) for each in whole]),
         engine_back=Table(widths, [1.0], [slower(back_too[each]) for each in whole]),
     )
 
@@ -137,15 +143,21 @@ def _sweep(
     return _Trial(shape, swept(shape, [planned], Planned.of(n_prompts, length), device, rows=rows), run)
 
 
-def _large_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
+def _large_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device, starts: int) -> _Trial:
     rows = ROWS[at.type]
-    # Few batches where each takes long.
-    cells = max(1, rows // (8 * 24)) * max(1, min(4, _WHOLE[at.type][1][0] // shape.d_model))
-    return _sweep(shape, device, dtype, at, n_prompts=8, length=24, cells=cells, rows=rows)
+    # As many in each batch, and few batches where each takes long.
+    cells = max(1, rows * (2 if starts > 1 else 1) // (_PROMPTS * _LENGTH)) * max(
+        1, min(4, _BRIEF[at.type] // shape.d_model)
+    )
+    return _sweep(
+        shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=-(-cells // starts) * starts, rows=rows,
+        starts=range(starts),
+    )  # fmt: skip
 
 
 def _large_gradient(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
-    return _gradient(shape, device, dtype, at, n_prompts=max(8, GRAPH_ROWS[at.type] // (8 * 24)), length=24)
+    many = max(_PROMPTS, GRAPH_ROWS[at.type] // (_PROMPTS * _LENGTH))
+    return _gradient(shape, device, dtype, at, n_prompts=many, length=_LENGTH)
 
 
 def _gradient(

@@ -179,24 +179,33 @@ def _attention(
     h, kv, items, keys = dims.attn_width, dims.kv_width, counts.items, counts.keys
     flops = 4.0 * pairs * h
     places = pairs / max(1, keys)
+    # A rectangle's places are emptied, and rows written into them; from it they are read.
+    own = 3 * items * counts.width * kv if counts.rows < items * counts.width else 0
+    padded, unpadded = (3 * places * h, 2 * places * h) if places > queries else (0, 0)
     if counts.way == "split":
         # Scores of clean and own keys, joined, scaled, masked and made into a pattern one after the other.
         scores = items * width * keys * dims.n_heads
         yield Kernel("attention", flops, itemsize * 2.0 * (places * h + items * keys * kv), width, keys, dims.d_head)
         yield move(2 * scores, itemsize, times=5)
-        yield move(4 * places * h, itemsize)
+        yield move(padded + 2 * places * h, itemsize)
+        yield move(own + 2 * items * counts.width * kv, itemsize, times=2)
+        # What clean and own values give is summed and put in order.
+        yield move(5 * places * h + unpadded, itemsize)
         return
     if counts.way == "own":
         yield move(2 * counts.rows * kv, itemsize, times=2)
     elif counts.n_past or counts.rows < items * counts.width:
+        yield move((own if counts.way == "joined" else 0) + 2 * items * keys * kv, itemsize, times=2)
+    if places < items * width:
+        # Groups of items take their queries, keys and values, and put what they give in its place.
         yield move(2 * items * keys * kv, itemsize, times=2)
-    if places > queries:
-        yield move(3 * places * h, itemsize)
+        yield move(4 * queries * h, itemsize)
+    yield move(padded, itemsize)
     yield Kernel(
         "attention", flops, itemsize * (2.0 * places * h + 2.0 * items * keys * kv + places * keys), width, keys,
         dims.d_head,
     )  # fmt: skip
-    yield move((2 if places == queries else 4) * places * h, itemsize)
+    yield move(2 * places * h + unpadded, itemsize)
 
 
 def _backward(forward: Iterable[Kernel]) -> Iterable[Kernel]:
