@@ -235,7 +235,8 @@ class Engine:
         if stage < 0:
             x = decoder.embed(self.prompts.tokens[rows.example, rows.position], pack.all, edits, capture)
         elif stage < 2 * n_layers or cells[0]:
-            x = clean.resid[stage][local, rows.position]
+            kept = clean.resid[stage]
+            x = kept.flatten(0, 1).index_select(0, local * kept.shape[1] + rows.position)
         else:
             x = decoder.W_E.new_zeros(0, decoder.W_E.shape[1])
         first, from_mlp = max(0, stage) // 2, stage > 0 and stage % 2 == 1

@@ -38,6 +38,8 @@ _DEEP, _VOCAB = 3, 64
 # Prompts and their tokens; and d_model at which several batches of them are still brief.
 _PROMPTS, _LENGTH = 8, 24
 _BRIEF = {"cpu": 192, "cuda": 2048}
+# Rows of a batch that holds whatever there is.
+_ALL = 1 << 20
 # Turns that everything is run in, and calls in each.
 _TURNS, _CALLS = 6, 2
 _GAP = LogitGap([5], [9])
@@ -54,6 +56,11 @@ class _Trial:
     @property
     def layers(self) -> float:
         return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes)
+
+    @property
+    def past(self) -> float:
+        """Layers behind clean keys."""
+        return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes if one.past)
 
     @property
     def batches(self) -> int:
@@ -73,27 +80,28 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
 
     few, many = (shape(layers, 32, 16, 64) for layers in (_FEW, _MANY))
     whole = [shape(_DEEP, *sizes) for sizes in _WHOLE[device.kind]]
-    sweeps = {
-        # From the first token on, and from the middle, with clean keys before it.
-        (each, cells, rows): _sweep(
-            each, device, dtype, at, n_prompts=1, length=8, cells=cells, rows=rows, starts=(0, 4)[:cells]
+    sweeps = [
+        _sweep(each, device, dtype, at, n_prompts=1, length=8, cells=cells, rows=rows, starts=starts)
+        for each, cells, rows, starts in (
+            (few, 1, 1, (0,)), (few, 16, 1, (0,)), (few, 192, _ALL, (0,)), (many, 1, 1, (0,)), (many, 16, 1, (0,)),
+            # Behind clean keys: all from the same token on, and from every one.
+            (many, 16, 1, (4,)), (many, 32, _ALL, range(8)),
         )
-        for each, cells, rows in ((few, 1, 1), (few, 16, 1), (few, 192, 1 << 20), (many, 1, 1), (many, 16, 1))
-    }
+    ]  # fmt: skip
     back = {each: _gradient(each, device, dtype, at, n_prompts=1, length=8) for each in (few, many)}
     # Where all cells start alike, and where they start at every position.
     there = {(each, starts): _large_sweep(each, device, dtype, at, starts) for each in whole for starts in (1, _LENGTH)}
     back_too = {each: _large_gradient(each, device, dtype, at) for each in whole}
-    trials = [*sweeps.values(), *back.values(), *there.values(), *back_too.values()]
+    trials = [*sweeps, *back.values(), *there.values(), *back_too.values()]
     taken = timer.in_turns({trial: trial.run for trial in trials}, _TURNS, _CALLS)
     bare = replace(
         device, layer_seconds=0.0, batch_seconds=0.0, cell_seconds=0.0, call_seconds=0.0, back_layer=0.0,
-        back_batch=0.0,
+        back_batch=0.0, past_layer=0.0,
     )  # fmt: skip
     # What kernels take by themselves, and the rest of small ones, which is the host's.
     kernels = {trial: trial.seconds(bare) for trial in trials}
     host = {trial: max(taken[trial] - kernels[trial], 0.2 * taken[trial]) for trial in trials}
-    found = replace(bare, **_host([(trial, host[trial]) for trial in sweeps.values()]))
+    found = replace(bare, **_host([(trial, host[trial]) for trial in sweeps]))
     layer = max(found.layer_seconds, (host[back[many]] - host[back[few]]) / (_MANY - _FEW))
     batch = max(found.batch_seconds, host[back[few]] - _FEW * layer)
     found = replace(found, back_layer=layer / found.layer_seconds, back_batch=batch / found.batch_seconds)
@@ -104,23 +112,30 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
         ratios = [(taken[each] - other) / kernels[each] for each, other in zip(of, besides, strict=True)]
         return [geometric_mean(max(0.3, ratio) for ratio in ratios)]
 
-    widths = [each.d_model for each in whole]
+    def table(rows: Sequence[Sequence[_Trial]]) -> Table:
+        of_layer = [geometric_mean(kernels[each] / each.layers for each in row) for row in rows]
+        return Table(of_layer, [1.0], [slower(*row) for row in rows])
+
     return replace(
         found,
-        engine=Table(widths, [1.0], [slower(there[each, 1], there[each, _LENGTH]) for each in whole]),
-        engine_back=Table(widths, [1.0], [slower(back_too[each]) for each in whole]),
+        engine=table([[there[each, 1], there[each, _LENGTH]] for each in whole]),
+        engine_back=table([[back_too[each]] for each in whole]),
     )
 
 
 def _host(trials: list[tuple[_Trial, float]]) -> dict[str, float]:
-    """Seconds of a call, a batch, a layer and a cell: least squares of relative errors."""
+    """Seconds of a call, a batch, a layer and a cell, and what clean keys add to a layer: least squares of relative
+    errors."""
     rows = [
-        [each.work.calls / taken, each.batches / taken, each.layers / taken, each.work.cells / taken]
+        [part / taken for part in (each.work.calls, each.batches, each.layers, each.past, each.work.cells)]
         for each, taken in trials
     ]
     solved = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.double), torch.ones(len(rows), 1, dtype=torch.double))
-    call, batch, layer, cell = (max(1e-7, float(each)) for each in solved.solution.flatten())
-    return {"call_seconds": call, "batch_seconds": batch, "layer_seconds": layer, "cell_seconds": cell}
+    call, batch, layer, past, cell = (max(1e-7, float(each)) for each in solved.solution.flatten())
+    return {
+        "call_seconds": call, "batch_seconds": batch, "layer_seconds": layer, "cell_seconds": cell,
+        "past_layer": 1 + past / layer,
+    }  # fmt: skip
 
 
 def _sweep(
@@ -145,12 +160,11 @@ def _sweep(
 
 def _large_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device, starts: int) -> _Trial:
     rows = ROWS[at.type]
-    # As many in each batch, and few batches where each takes long.
-    cells = max(1, rows * (2 if starts > 1 else 1) // (_PROMPTS * _LENGTH)) * max(
-        1, min(4, _BRIEF[at.type] // shape.d_model)
-    )
+    # As many rows in each sweep, and few batches of them where each takes long.
+    batches = max(1, min(4, _BRIEF[at.type] // shape.d_model))
+    each = max(1, round(batches * rows / (_PROMPTS * sum(_LENGTH - start for start in range(starts)))))
     return _sweep(
-        shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=-(-cells // starts) * starts, rows=rows,
+        shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=each * starts, rows=rows,
         starts=range(starts),
     )  # fmt: skip
 

@@ -19,8 +19,8 @@ T, G = 1e12, 1e9
 # measurements on the machine that it runs on.
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.6, 0.3, 0.75
 LAYER_SECONDS, BATCH_SECONDS, CALL_SECONDS = 4e-4, 2e-3, 0.1
-# How many times as long a layer and a batch take the host with their gradient.
-BACK_LAYER, BACK_BATCH = 3.0, 2.0
+# How many times as long a layer and a batch take the host with their gradient; and a layer behind clean keys.
+BACK_LAYER, BACK_BATCH, PAST_LAYER = 3.0, 2.0, 1.5
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,13 @@ class Device:
         layer_seconds, batch_seconds, cell_seconds, call_seconds: what the host does for a layer of a pass, a batch, a
             cell, and a whole sweep or search, besides what the device computes.
         back_layer, back_batch: how many times as long as `layer_seconds` and `batch_seconds` these are with a gradient.
+        past_layer: how many times as long as `layer_seconds` that is where clean keys stand before what is computed.
         measured: whether these are measurements of this machine; else shares and seconds are assumptions.
         matmul, attention, move: measured rates over the sizes of a kernel, where there are any: operations a second
             over rows and the square root of the weights; over queries x keys and d_head; bytes a second over bytes.
-        slower: how many times as long as a mere move norms ("norm") and activations ("act") take.
-        engine, engine_back: how many times as long as their kernels alone the layers of the engine take, over d_model,
-            and with their gradient.
+        slower: how many times as long as a mere move kernels of other kinds take: "norm", "act", "rotation", "scatter".
+        engine, engine_back: how many times as long as their kernels alone the layers of the engine take, over the
+            seconds of the kernels of a layer, and with their gradient.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Device:
     call_seconds: float | int = CALL_SECONDS
     back_layer: float | int = BACK_LAYER
     back_batch: float | int = BACK_BATCH
+    past_layer: float | int = PAST_LAYER
     measured: bool = False
     matmul: Table | None = field(default=None, repr=False)
     attention: Table | None = field(default=None, repr=False)
@@ -138,24 +140,25 @@ class Device:
         self,
         kernels: float | int,
         layers: float | int,
-        d_model: int,
         *,
         rest: float | int = 0.0,
         backward: bool = False,
+        past: bool = False,
     ) -> float:
         """Seconds of a batch.
 
         Args:
             kernels: seconds that those of its layers take by themselves.
             layers: how many.
-            d_model: of the model.
             rest: seconds of the other kernels.
             backward: whether with a gradient.
+            past: whether clean keys stand before what is computed.
         """
         engine = self.engine_back if backward else self.engine
-        if engine is not None:
-            kernels = kernels * engine.at(d_model)
+        if engine is not None and kernels:
+            kernels = kernels * engine.at(kernels / layers)
         batch, layer = (self.back_batch, self.back_layer) if backward else (1.0, 1.0)
+        layer = layer * self.past_layer if past else layer
         host = batch * self.batch_seconds + layer * layers * self.layer_seconds
         # The host runs ahead of a GPU: whichever takes longer.
         return host + kernels + rest if self.kind == "cpu" else max(host, kernels + rest)

@@ -15,7 +15,8 @@ class Kernel:
     """One kernel, or several alike.
 
     Attributes:
-        kind: "matmul" (with weights), "attention", "norm", "act" (of an MLP), or "move" for what only moves numbers.
+        kind: "matmul" (with weights), "attention", "norm", "act" (of an MLP), "rotation" (of queries and keys),
+            "scatter" for rows that are written to their places, or "move" for what else only moves numbers.
         flops: operations.
         bytes: read and written.
         m, k, n: of a product [m, k] @ [k, n]; of an attention, queries and keys of an item, and d_head.
@@ -64,8 +65,8 @@ class Pass:
         """What it is made of, and how often: parts that are equal cost the same."""
         made: list[tuple[Part, float | int]] = []
         counts, back, last = self.counts, self.backward, dims.n_layers - 1
-        if self.embeds:
-            made.append((Part("embed", counts, backward=back), 1.0))
+        if self.embeds or self.first <= last:
+            made.append((Part("start", counts, backward=back), 1.0))
         if self.first <= last:
             made.append((Part("masks", counts), 1.0))
             own = self.from_mlp or self.alike or self.first == last
@@ -85,13 +86,18 @@ class Pass:
         """Layers that one of them runs."""
         return dims.n_layers - self.first
 
+    @property
+    def past(self) -> bool:
+        """Whether clean keys stand before its rows."""
+        return self.counts.n_past > 0 and self.counts.way != "own"
+
 
 @dataclass(frozen=True)
 class Part:
     """A stretch of a pass.
 
     Attributes:
-        name: "embed", "masks", "layer" or "logits".
+        name: "start", "masks", "layer" or "logits".
         counts: of the pass; None for logits.
         last, only_mlp: of a layer: whether it is the last one, and whether it begins at its MLP.
         rows: of logits; of a layer, those that get no queries, keys and values of their own.
@@ -115,8 +121,9 @@ class Part:
                 # The objective reads them several times, as log-probabilities in fp32.
                 move(4 * self.rows * dims.d_vocab, max(itemsize, 4)),
             ]
-        elif self.name == "embed":
-            made = [move(3 * counts.rows * dims.d_model, itemsize)]
+        elif self.name == "start":
+            # Embeddings or kept states are taken, and edited.
+            made = [move(2 * counts.rows * dims.d_model, itemsize), move(3 * counts.rows * dims.d_model, itemsize)]
         elif self.name == "masks":
             # What is kept of masks and positions is made once for all layers.
             made = [move(3 * counts.items * counts.width * counts.keys, itemsize)]
@@ -163,7 +170,7 @@ def layer(
             made.append(matmul(rows - alike, d, h + 2 * kv, itemsize))
         if alike:
             made.append(move(2 * rows * (h + 2 * kv), itemsize))
-        made += [move(2 * queries * h, itemsize), move(2 * rows * kv, itemsize)]  # rotation
+        made += [move(2 * size, itemsize, kind="rotation") for size in (queries * h, rows * kv)]
         made += _attention(dims, counts, itemsize, queries, width, pairs)
         made += [matmul(queries, h, d, itemsize), move(3 * queries * d, itemsize)]
     made += [move(3 * queries * d, itemsize, kind="norm"), matmul(queries, d, dims.mlp_in, itemsize)]
@@ -179,33 +186,42 @@ def _attention(
     h, kv, items, keys = dims.attn_width, dims.kv_width, counts.items, counts.keys
     flops = 4.0 * pairs * h
     places = pairs / max(1, keys)
-    # A rectangle's places are emptied, and rows written into them; from it they are read.
-    own = 3 * items * counts.width * kv if counts.rows < items * counts.width else 0
-    padded, unpadded = (3 * places * h, 2 * places * h) if places > queries else (0, 0)
+    # A rectangle's places are emptied, and rows written into them; from there they are read.
+    own = [move(items * counts.width * kv, itemsize, times=2), move(2 * counts.rows * kv, itemsize, 2, "scatter")]
+    own = own if counts.rows < items * counts.width else []
+    ragged = places > queries
+    padded = [move(places * h, itemsize), move(2 * queries * h, itemsize, kind="scatter")] if ragged else []
+    read = 4 if ragged else 2
     if counts.way == "split":
         # Scores of clean and own keys, joined, scaled, masked and made into a pattern one after the other.
         scores = items * width * keys * dims.n_heads
         yield Kernel("attention", flops, itemsize * 2.0 * (places * h + items * keys * kv), width, keys, dims.d_head)
         yield move(2 * scores, itemsize, times=5)
-        yield move(padded + 2 * places * h, itemsize)
-        yield move(own + 2 * items * counts.width * kv, itemsize, times=2)
+        yield from (
+            *own,
+            *padded,
+            move(2 * places * h, itemsize),
+            move(2 * items * counts.width * kv, itemsize, times=2),
+        )
         # What clean and own values give is summed and put in order.
-        yield move(5 * places * h + unpadded, itemsize)
+        yield move((3 + read) * places * h, itemsize)
         return
+    written = move(2 * counts.rows * kv, itemsize, 2, "scatter")
     if counts.way == "own":
-        yield move(2 * counts.rows * kv, itemsize, times=2)
+        yield written
     elif counts.n_past or counts.rows < items * counts.width:
-        yield move((own if counts.way == "joined" else 0) + 2 * items * keys * kv, itemsize, times=2)
+        yield move(2 * items * keys * kv, itemsize, times=2)
+        yield from own if counts.way == "joined" else [written]
     if places < items * width:
         # Groups of items take their queries, keys and values, and put what they give in its place.
-        yield move(2 * items * keys * kv, itemsize, times=2)
-        yield move(4 * queries * h, itemsize)
-    yield move(padded, itemsize)
+        yield from (move(2 * items * keys * kv, itemsize, times=2), move(2 * queries * h, itemsize))
+        yield move(2 * queries * h, itemsize, kind="scatter")
+    yield from padded
     yield Kernel(
         "attention", flops, itemsize * (2.0 * places * h + 2.0 * items * keys * kv + places * keys), width, keys,
         dims.d_head,
     )  # fmt: skip
-    yield move(2 * places * h + unpadded, itemsize)
+    yield move(read * places * h, itemsize)
 
 
 def _backward(forward: Iterable[Kernel]) -> Iterable[Kernel]:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from mechsteer.backends.blank import blank
 from mechsteer.backends.layers import Norm
+from mechsteer.costs import Dims
 from mechsteer.plan.calibration import calibrated
 from mechsteer.plan.clock import Timer
 from mechsteer.plan.devices import Device, Table
@@ -20,10 +22,11 @@ Clock = Callable[[], float]
 # Sizes that are measured: rows and the square root of a weight's entries; queries and keys; numbers of a tensor.
 _ROWS = {"cpu": (1, 8, 64, 256, 1024), "cuda": (16, 256, 1024, 4096, 16384)}
 _WEIGHTS = {"cpu": (32, 128, 384, 1024), "cuda": (256, 1024, 4096)}
-_ATTENTION = {"cpu": ((8, 16), (32, 32), (128, 128), (256, 512)), "cuda": ((16, 64), (128, 128), (512, 512))}
+# Lengths of texts are not round: attention to a multiple of 16 keys is up to three times as fast.
+_ATTENTION = {"cpu": ((7, 20), (22, 24), (100, 110), (250, 500)), "cuda": ((15, 60), (120, 125), (500, 510))}
 _NUMBERS = {"cpu": (2**8, 2**12, 2**15, 2**18, 2**20, 2**22, 2**24), "cuda": (2**14, 2**18, 2**22, 2**26)}
-# Tensors that take turns, and sizes of heads.
-_OTHERS, _HEADS = 4, (16, 64)
+# Tensors that take turns, numbers of the largest of these, and sizes of heads.
+_OTHERS, _CACHED, _HEADS = 4, 2**22, (16, 64)
 
 
 def here(*, dtype: str = "float32", clock: Callable[[], float] = time.perf_counter, again: bool = False) -> Device:
@@ -82,29 +85,37 @@ def _attended(width: int, keys: int, d: int, dtype: torch.dtype, timer: Timer, c
 
 
 def _moves(kind: str, dtype: torch.dtype, timer: Timer) -> tuple[Table, dict[str, float]]:
-    """Bytes a second of a sum of two tensors, without what the smallest one takes; and how much longer than that a norm
-    and an activation of as many bytes take."""
+    """Bytes a second of a sum of two tensors, without what the smallest one takes; and how much longer than that other
+    kinds of kernels take for as many bytes."""
     seconds: list[float] = []
     for n in (16, *_NUMBERS[kind]):
-        a, b = torch.randn(n, device=timer.at).to(dtype), torch.randn(n, device=timer.at).to(dtype)
-        seconds.append(timer.alone(lambda a=a, b=b: a + b))
+        # Other ones each time, as in a model, but for such as no cache holds anyway.
+        others = _OTHERS if n <= _CACHED else 1
+        a, b = (torch.randn(others, n, device=timer.at).to(dtype) for _ in range(2))
+        seconds.append(timer.alone(_in_turn(lambda each, a=a, b=b: a[each] + b[each], others)))
     size = torch.empty(0, dtype=dtype).element_size()
     moved = [3.0 * n * size for n in _NUMBERS[kind]]
     rates = [[each / _without(taken, seconds[0])] for each, taken in zip(moved, seconds[1:], strict=True)]
     table = Table(moved, [1.0], rates)
     x = torch.randn(_OTHERS, 512, 512, device=timer.at).to(dtype)
-    norm = Norm(None, None, 1e-5, True)
+    norm, order, there = Norm(None, None, 1e-5, True), torch.randperm(512, device=timer.at), torch.empty_like(x[0])
+    decoder = blank(Dims(1, 512, 8, 8, 64, 64, 64), device=timer.at, dtype=dtype)
+    turns = decoder.layers[0].turns
+    assert turns is not None
+    heads, turn = x.view(_OTHERS, 512, 8, 64), turns.index_select(0, order % len(turns))
     taken = {
         "norm": (3, timer.alone(_in_turn(lambda each: norm(x[each])))),
         "act": (1, timer.alone(_in_turn(lambda each: F.silu(x[each].chunk(2, -1)[0])))),
+        "rotation": (2, timer.alone(_in_turn(lambda each: decoder.rotation(heads[each], turn)))),
+        "scatter": (2, timer.alone(_in_turn(lambda each: there.index_copy_(0, order, x[each])))),
     }
     plain = {name: numbers * size * x[0].numel() for name, (numbers, _) in taken.items()}
     return table, {name: max(1.0, each[1] * table.at(plain[name]) / plain[name]) for name, each in taken.items()}
 
 
-def _in_turn(run: Callable[[int], Any]) -> Callable[[], Any]:
-    """Runs on one of `_OTHERS` after the other."""
-    turn = itertools.cycle(range(_OTHERS))
+def _in_turn(run: Callable[[int], Any], others: int = _OTHERS) -> Callable[[], Any]:
+    """Runs on one of so many after the other."""
+    turn = itertools.cycle(range(others))
     return lambda: run(next(turn))
 
 
@@ -122,6 +133,7 @@ def told(device: Device) -> Sequence[tuple[str, str]]:
         ("memory", f"{device.bandwidth / 1e9:.3g} GB/s at best"),
         ("a layer", f"{1e6 * device.layer_seconds:.3g} us besides"),
         ("a batch", f"{1e6 * device.batch_seconds:.3g} us"),
+        ("a layer behind clean keys", f"{device.past_layer:.3g} x a layer"),
         ("a layer's gradient", f"{device.back_layer:.3g} x a layer, forward pass included"),
         ("a gradient's batch", f"{device.back_batch:.3g} x a batch"),
         ("a cell", f"{1e6 * device.cell_seconds:.3g} us"),
