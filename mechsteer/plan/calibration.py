@@ -6,7 +6,6 @@ faster one second and slower the next is so for all of them. Their plans say whi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from statistics import geometric_mean
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -19,7 +18,7 @@ from mechsteer.interventions import Add
 from mechsteer.model import Model
 from mechsteer.objectives import LogitGap, TeacherForcedCE
 from mechsteer.plan.clock import Timer
-from mechsteer.plan.devices import Device, Table
+from mechsteer.plan.devices import LAYER_TIMES, Device, Table
 from mechsteer.plan.estimate import Work, costed
 from mechsteer.plan.pieces import Cells, gradients, swept
 from mechsteer.plan.pieces import Prompts as Planned
@@ -60,7 +59,7 @@ class _Trial:
     @property
     def past(self) -> float:
         """Layers behind clean keys."""
-        return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes if one.past)
+        return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes if one.kind == "past")
 
     @property
     def batches(self) -> int:
@@ -89,14 +88,18 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
         )
     ]  # fmt: skip
     back = {each: _gradient(each, device, dtype, at, n_prompts=1, length=8) for each in (few, many)}
-    # Where all cells start alike, and where they start at every position.
-    there = {(each, starts): _large_sweep(each, device, dtype, at, starts) for each in whole for starts in (1, _LENGTH)}
-    back_too = {each: _large_gradient(each, device, dtype, at) for each in whole}
-    trials = [*sweeps, *back.values(), *there.values(), *back_too.values()]
+    large = [
+        {
+            "plain": _large_sweep(each, device, dtype, at),
+            "past": _ragged_sweep(each, device, dtype, at),
+            "back": _large_gradient(each, device, dtype, at),
+        }
+        for each in whole
+    ]
+    trials = [*sweeps, *back.values(), *(trial for each in large for trial in each.values())]
     taken = timer.in_turns({trial: trial.run for trial in trials}, _TURNS, _CALLS)
     bare = replace(
-        device, layer_seconds=0.0, batch_seconds=0.0, cell_seconds=0.0, call_seconds=0.0, back_layer=0.0,
-        back_batch=0.0, past_layer=0.0,
+        device, layer_seconds=0.0, batch_seconds=0.0, cell_seconds=0.0, call_seconds=0.0, engine={},
     )  # fmt: skip
     # What kernels take by themselves, and the rest of small ones, which is the host's.
     kernels = {trial: trial.seconds(bare) for trial in trials}
@@ -104,26 +107,22 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
     found = replace(bare, **_host([(trial, host[trial]) for trial in sweeps]))
     layer = max(found.layer_seconds, (host[back[many]] - host[back[few]]) / (_MANY - _FEW))
     batch = max(found.batch_seconds, host[back[few]] - _FEW * layer)
-    found = replace(found, back_layer=layer / found.layer_seconds, back_batch=batch / found.batch_seconds)
+    found = replace(
+        found, layer_times={**found.layer_times, "back": layer / found.layer_seconds},
+        batch_times={**found.batch_times, "back": batch / found.batch_seconds},
+    )  # fmt: skip
 
-    def slower(*of: _Trial) -> list[float]:
+    def slower(trials: Sequence[_Trial]) -> Table:
         # The host runs ahead of a GPU.
-        besides = [each.seconds(found) - kernels[each] if device.kind == "cpu" else 0.0 for each in of]
-        ratios = [(taken[each] - other) / kernels[each] for each, other in zip(of, besides, strict=True)]
-        return [geometric_mean(max(0.3, ratio) for ratio in ratios)]
+        besides = [each.seconds(found) - kernels[each] if device.kind == "cpu" else 0.0 for each in trials]
+        ratios = [(taken[each] - other) / kernels[each] for each, other in zip(trials, besides, strict=True)]
+        of_layer = [kernels[each] / each.layers for each in trials]
+        return Table(of_layer, [1.0], [[max(0.3, ratio)] for ratio in ratios])
 
-    def table(rows: Sequence[Sequence[_Trial]]) -> Table:
-        of_layer = [geometric_mean(kernels[each] / each.layers for each in row) for row in rows]
-        return Table(of_layer, [1.0], [slower(*row) for row in rows])
-
-    return replace(
-        found,
-        engine=table([[there[each, 1], there[each, _LENGTH]] for each in whole]),
-        engine_back=table([[back_too[each]] for each in whole]),
-    )
+    return replace(found, engine={kind: slower([each[kind] for each in large]) for kind in ("plain", "past", "back")})
 
 
-def _host(trials: list[tuple[_Trial, float]]) -> dict[str, float]:
+def _host(trials: list[tuple[_Trial, float]]) -> dict[str, Any]:
     """Seconds of a call, a batch, a layer and a cell, and what clean keys add to a layer: least squares of relative
     errors."""
     rows = [
@@ -134,7 +133,7 @@ def _host(trials: list[tuple[_Trial, float]]) -> dict[str, float]:
     call, batch, layer, past, cell = (max(1e-7, float(each)) for each in solved.solution.flatten())
     return {
         "call_seconds": call, "batch_seconds": batch, "layer_seconds": layer, "cell_seconds": cell,
-        "past_layer": 1 + past / layer,
+        "layer_times": {**LAYER_TIMES, "past": 1 + past / layer},
     }  # fmt: skip
 
 
@@ -158,14 +157,21 @@ def _sweep(
     return _Trial(shape, swept(shape, [planned], Planned.of(n_prompts, length), device, rows=rows), run)
 
 
-def _large_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device, starts: int) -> _Trial:
+def _large_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
+    """All cells start at the first token."""
     rows = ROWS[at.type]
-    # As many rows in each sweep, and few batches of them where each takes long.
+    # Few batches where each takes long.
     batches = max(1, min(4, _BRIEF[at.type] // shape.d_model))
-    each = max(1, round(batches * rows / (_PROMPTS * sum(_LENGTH - start for start in range(starts)))))
+    cells = batches * max(1, rows // (_PROMPTS * _LENGTH))
+    return _sweep(shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=cells, rows=rows)
+
+
+def _ragged_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
+    """Cells start at every token, all in one batch."""
+    each = max(1, ROWS[at.type] // (_PROMPTS * _LENGTH * _LENGTH // 2))
     return _sweep(
-        shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=each * starts, rows=rows,
-        starts=range(starts),
+        shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=each * _LENGTH, rows=_ALL,
+        starts=range(_LENGTH),
     )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ T, G = 1e12, 1e9
 # measurements on the machine that it runs on.
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.6, 0.3, 0.75
 LAYER_SECONDS, BATCH_SECONDS, CALL_SECONDS = 4e-4, 2e-3, 0.1
-# How many times as long a layer and a batch take the host with their gradient; and a layer behind clean keys.
-BACK_LAYER, BACK_BATCH, PAST_LAYER = 3.0, 2.0, 1.5
+# How many times as long a layer and a batch take the host by the kind of the pass (`mechsteer.plan.kernels.Pass.kind`).
+LAYER_TIMES, BATCH_TIMES = {"plain": 1.0, "past": 1.5, "back": 3.0}, {"plain": 1.0, "past": 1.0, "back": 2.0}
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ class Device:
         matmul_share, attention_share, bandwidth_share: of the peaks that are reached.
         layer_seconds, batch_seconds, cell_seconds, call_seconds: what the host does for a layer of a pass, a batch, a
             cell, and a whole sweep or search, besides what the device computes.
-        back_layer, back_batch: how many times as long as `layer_seconds` and `batch_seconds` these are with a gradient.
-        past_layer: how many times as long as `layer_seconds` that is where clean keys stand before what is computed.
+        layer_times, batch_times: how many times as long as `layer_seconds` and `batch_seconds` these are by the kind of
+            a pass: "plain", "past" (behind clean keys), "back" (with a gradient).
         measured: whether these are measurements of this machine; else shares and seconds are assumptions.
         matmul, attention, move: measured rates over the sizes of a kernel, where there are any: operations a second
             over rows and the square root of the weights; over queries x keys and d_head; bytes a second over bytes.
         slower: how many times as long as a mere move kernels of other kinds take: "norm", "act", "rotation", "scatter".
-        engine, engine_back: how many times as long as their kernels alone the layers of the engine take, over the
-            seconds of the kernels of a layer, and with their gradient.
+        engine: how many times as long as their kernels alone the layers of the engine take, by the kind of a pass, over
+            the seconds of the kernels of a layer.
     """
 
     name: str
@@ -95,16 +95,14 @@ class Device:
     batch_seconds: float | int = BATCH_SECONDS
     cell_seconds: float | int = 5e-5
     call_seconds: float | int = CALL_SECONDS
-    back_layer: float | int = BACK_LAYER
-    back_batch: float | int = BACK_BATCH
-    past_layer: float | int = PAST_LAYER
+    layer_times: Mapping[str, float] = field(default_factory=lambda: LAYER_TIMES)
+    batch_times: Mapping[str, float] = field(default_factory=lambda: BATCH_TIMES)
     measured: bool = False
     matmul: Table | None = field(default=None, repr=False)
     attention: Table | None = field(default=None, repr=False)
     move: Table | None = field(default=None, repr=False)
     slower: Mapping[str, float] = field(default_factory=dict, repr=False)
-    engine: Table | None = field(default=None, repr=False)
-    engine_back: Table | None = field(default=None, repr=False)
+    engine: Mapping[str, Table] = field(default_factory=dict, repr=False)
 
     def seconds(self, kernel: Kernel, dtype: str) -> float:
         """Of the kernel on the device: the longer of computing and moving, as the roofline model has it (Williams,
@@ -142,8 +140,7 @@ class Device:
         layers: float | int,
         *,
         rest: float | int = 0.0,
-        backward: bool = False,
-        past: bool = False,
+        kind: str = "plain",
     ) -> float:
         """Seconds of a batch.
 
@@ -151,15 +148,11 @@ class Device:
             kernels: seconds that those of its layers take by themselves.
             layers: how many.
             rest: seconds of the other kernels.
-            backward: whether with a gradient.
-            past: whether clean keys stand before what is computed.
+            kind: "plain", "past" or "back"; see `mechsteer.plan.kernels.Pass.kind`.
         """
-        engine = self.engine_back if backward else self.engine
-        if engine is not None and kernels:
-            kernels = kernels * engine.at(kernels / layers)
-        batch, layer = (self.back_batch, self.back_layer) if backward else (1.0, 1.0)
-        layer = layer * self.past_layer if past else layer
-        host = batch * self.batch_seconds + layer * layers * self.layer_seconds
+        if kind in self.engine and kernels:
+            kernels = kernels * self.engine[kind].at(kernels / layers)
+        host = self.batch_times[kind] * self.batch_seconds + self.layer_times[kind] * layers * self.layer_seconds
         # The host runs ahead of a GPU: whichever takes longer.
         return host + kernels + rest if self.kind == "cpu" else max(host, kernels + rest)
 

@@ -202,7 +202,7 @@ def taken(
             rest += found[2] * often
         else:
             kernels += found[2] * often
-    return flops, moved, device.time(kernels, one.layers(dims), rest=rest, backward=one.backward, past=one.past)
+    return flops, moved, device.time(kernels, one.layers(dims), rest=rest, kind=one.kind)
 
 
 def weights_memory(shape: Shape) -> float:

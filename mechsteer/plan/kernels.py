@@ -87,9 +87,11 @@ class Pass:
         return dims.n_layers - self.first
 
     @property
-    def past(self) -> bool:
-        """Whether clean keys stand before its rows."""
-        return self.counts.n_past > 0 and self.counts.way != "own"
+    def kind(self) -> str:
+        """What else it takes depends on: "back" with a gradient, "past" where clean keys stand before its rows, and
+        "plain"."""
+        behind = self.counts.n_past > 0 and self.counts.way != "own"
+        return "back" if self.backward else "past" if behind else "plain"
 
 
 @dataclass(frozen=True)

@@ -133,9 +133,9 @@ def told(device: Device) -> Sequence[tuple[str, str]]:
         ("memory", f"{device.bandwidth / 1e9:.3g} GB/s at best"),
         ("a layer", f"{1e6 * device.layer_seconds:.3g} us besides"),
         ("a batch", f"{1e6 * device.batch_seconds:.3g} us"),
-        ("a layer behind clean keys", f"{device.past_layer:.3g} x a layer"),
-        ("a layer's gradient", f"{device.back_layer:.3g} x a layer, forward pass included"),
-        ("a gradient's batch", f"{device.back_batch:.3g} x a batch"),
+        ("a layer behind clean keys", f"{device.layer_times['past']:.3g} x a layer"),
+        ("a layer's gradient", f"{device.layer_times['back']:.3g} x a layer, forward pass included"),
+        ("a gradient's batch", f"{device.batch_times['back']:.3g} x a batch"),
         ("a cell", f"{1e6 * device.cell_seconds:.3g} us"),
         ("a call", f"{1e3 * device.call_seconds:.3g} ms"),
     ]
