@@ -39,6 +39,8 @@ _PROMPTS, _LENGTH = 8, 24
 _BRIEF = {"cpu": 192, "cuda": 2048}
 # Rows of a batch that holds whatever there is.
 _ALL = 1 << 20
+# Kinds of passes with clean keys.
+_BEHIND = ("past", "ragged")
 # Turns that everything is run in, and calls in each.
 _TURNS, _CALLS = 6, 2
 _GAP = LogitGap([5], [9])
@@ -59,7 +61,7 @@ class _Trial:
     @property
     def past(self) -> float:
         """Layers behind clean keys."""
-        return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes if one.kind == "past")
+        return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes if one.kind in _BEHIND)
 
     @property
     def batches(self) -> int:
@@ -91,7 +93,7 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
     large = [
         {
             "plain": _large_sweep(each, device, dtype, at),
-            "past": _ragged_sweep(each, device, dtype, at),
+            "ragged": _ragged_sweep(each, device, dtype, at),
             "back": _large_gradient(each, device, dtype, at),
         }
         for each in whole
@@ -119,7 +121,8 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
         of_layer = [kernels[each] / each.layers for each in trials]
         return Table(of_layer, [1.0], [[max(0.3, ratio)] for ratio in ratios])
 
-    return replace(found, engine={kind: slower([each[kind] for each in large]) for kind in ("plain", "past", "back")})
+    engine = {kind: slower([each[kind] for each in large]) for kind in large[0]}
+    return replace(found, engine={**engine, "past": engine["plain"]})
 
 
 def _host(trials: list[tuple[_Trial, float]]) -> dict[str, Any]:
@@ -133,7 +136,7 @@ def _host(trials: list[tuple[_Trial, float]]) -> dict[str, Any]:
     call, batch, layer, past, cell = (max(1e-7, float(each)) for each in solved.solution.flatten())
     return {
         "call_seconds": call, "batch_seconds": batch, "layer_seconds": layer, "cell_seconds": cell,
-        "layer_times": {**LAYER_TIMES, "past": 1 + past / layer},
+        "layer_times": {**LAYER_TIMES, **dict.fromkeys(_BEHIND, 1 + past / layer)},
     }  # fmt: skip
 
 

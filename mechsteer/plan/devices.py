@@ -20,7 +20,8 @@ T, G = 1e12, 1e9
 MATMUL_SHARE, ATTENTION_SHARE, BANDWIDTH_SHARE = 0.6, 0.3, 0.75
 LAYER_SECONDS, BATCH_SECONDS, CALL_SECONDS = 4e-4, 2e-3, 0.1
 # How many times as long a layer and a batch take the host by the kind of the pass (`mechsteer.plan.kernels.Pass.kind`).
-LAYER_TIMES, BATCH_TIMES = {"plain": 1.0, "past": 1.5, "back": 3.0}, {"plain": 1.0, "past": 1.0, "back": 2.0}
+LAYER_TIMES = {"plain": 1.0, "past": 1.5, "ragged": 1.5, "back": 3.0}
+BATCH_TIMES = {"plain": 1.0, "past": 1.0, "ragged": 1.0, "back": 2.0}
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Device:
         layer_seconds, batch_seconds, cell_seconds, call_seconds: what the host does for a layer of a pass, a batch, a
             cell, and a whole sweep or search, besides what the device computes.
         layer_times, batch_times: how many times as long as `layer_seconds` and `batch_seconds` these are by the kind of
-            a pass: "plain", "past" (behind clean keys), "back" (with a gradient).
+            a pass: "plain", "past" (behind clean keys), "ragged" (from unlike positions), "back" (with a gradient).
         measured: whether these are measurements of this machine; else shares and seconds are assumptions.
         matmul, attention, move: measured rates over the sizes of a kernel, where there are any: operations a second
             over rows and the square root of the weights; over queries x keys and d_head; bytes a second over bytes.
@@ -148,10 +149,10 @@ class Device:
             kernels: seconds that those of its layers take by themselves.
             layers: how many.
             rest: seconds of the other kernels.
-            kind: "plain", "past" or "back"; see `mechsteer.plan.kernels.Pass.kind`.
+            kind: of the pass; see `mechsteer.plan.kernels.Pass.kind`.
         """
         if kind in self.engine and kernels:
-            kernels = kernels * self.engine[kind].at(kernels / layers)
+            kernels = kernels * self.engine[kind].at(kernels / max(1, layers))
         host = self.batch_times[kind] * self.batch_seconds + self.layer_times[kind] * layers * self.layer_seconds
         # The host runs ahead of a GPU: whichever takes longer.
         return host + kernels + rest if self.kind == "cpu" else max(host, kernels + rest)

@@ -40,7 +40,6 @@ class Pass:
         counts: its rows.
         first, from_mlp: where it starts; a pass that starts behind the last layer only unembeds.
         logits: rows that are unembedded.
-        embeds: whether it looks up embeddings; else it starts from kept states.
         alike: rows of the first layer that others are the same as, which get no queries, keys and values of their own.
         backward: with the gradient with respect to what entered.
         times: how many such batches there are.
@@ -50,7 +49,6 @@ class Pass:
     first: int = 0
     from_mlp: bool = False
     logits: int = 0
-    embeds: bool = False
     alike: int = 0
     backward: bool = False
     times: int = 1
@@ -63,10 +61,8 @@ class Pass:
 
     def parts(self, dims: Dims) -> "list[tuple[Part, float | int]]":
         """What it is made of, and how often: parts that are equal cost the same."""
-        made: list[tuple[Part, float | int]] = []
         counts, back, last = self.counts, self.backward, dims.n_layers - 1
-        if self.embeds or self.first <= last:
-            made.append((Part("start", counts, backward=back), 1.0))
+        made: list[tuple[Part, float | int]] = [(Part("start", counts, backward=back), 1.0)]
         if self.first <= last:
             made.append((Part("masks", counts), 1.0))
             own = self.from_mlp or self.alike or self.first == last
@@ -88,10 +84,14 @@ class Pass:
 
     @property
     def kind(self) -> str:
-        """What else it takes depends on: "back" with a gradient, "past" where clean keys stand before its rows, and
-        "plain"."""
-        behind = self.counts.n_past > 0 and self.counts.way != "own"
-        return "back" if self.backward else "past" if behind else "plain"
+        """What else it takes depends on: "back" with a gradient, "ragged" where the attention is computed in groups of
+        like width, "past" where clean keys stand before its rows, and "plain"."""
+        counts = self.counts
+        if self.backward:
+            return "back"
+        if counts.pairs < counts.items * counts.width * counts.keys:
+            return "ragged"
+        return "past" if counts.n_past > 0 and counts.way != "own" else "plain"
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def swept(
     for n, times in parts.items():
         read = None if late else prompts.read if needs_logits else ()
         logits = n * len(prompts.read) if needs_logits else 0
-        passes.append(Pass(whole(n, prompts.length, read), embeds=True, logits=logits, times=times))
+        passes.append(Pass(whole(n, prompts.length, read), logits=logits, times=times))
         if not size.settled:
             # The size is searched for in the first batches, the very first of which waits for the clean pass.
             waited = taken(passes[-1], shape, device, known)[2]
@@ -173,7 +173,7 @@ def _passes(
 
 
 def _pass(stage: int, counts: Counts, logits: int, many: int) -> Pass:
-    return Pass(counts, max(0, stage) // 2, stage > 0 and stage % 2 == 1, logits, stage < 0, times=many)
+    return Pass(counts, max(0, stage) // 2, stage > 0 and stage % 2 == 1, logits, times=many)
 
 
 def _batches(
@@ -221,12 +221,12 @@ def generated(shape: Shape, n: int, length: int, new: int, name: str = "completi
     if n > GENERATED and n % GENERATED:
         parts[n % GENERATED] = 1
     for many, batches in parts.items():
-        passes.append(Pass(whole(many, length, (length - 1,)), embeds=True, logits=many, times=batches * times))
+        passes.append(Pass(whole(many, length, (length - 1,)), logits=many, times=batches * times))
         if new > 1:
             # One token each; on average half of the completion stands before it.
             keys = length + new // 2
             counts = Counts(many, many, many, 1, 1, 0, keys, "own", float(many * keys), float(many * keys))
-            passes.append(Pass(counts, embeds=True, logits=many, times=batches * times * (new - 1)))
+            passes.append(Pass(counts, logits=many, times=batches * times * (new - 1)))
         kept = max(kept, kept_bytes(dims, shape.itemsize, many * (length + new)))
     batch = max(batch_memory(dims, each, shape.itemsize) for each in passes)
     return Work(name, passes, calls=times, kept=kept, batch=batch)
@@ -235,7 +235,7 @@ def generated(shape: Shape, n: int, length: int, new: int, name: str = "completi
 def recorded(shape: Shape, n: int, length: int, kinds: float | int, name: str = "states", times: int = 1) -> Work:
     """Whole forward passes through TransformerLens's hooks that keep `kinds` numbers of d_model at every layer."""
     dims = shape.dims
-    one = Pass(whole(n, length, ()), embeds=True, times=times)
+    one = Pass(whole(n, length, ()), times=times)
     kept = shape.itemsize * kinds * dims.n_layers * dims.d_model * n * length
     return Work(name, [one], calls=0, kept=kept, batch=batch_memory(dims, one, shape.itemsize))
 
@@ -250,7 +250,7 @@ def gradients(
     parts = {per: prompts.n // per} | ({prompts.n % per: 1} if prompts.n % per else {})
     passes = [
         Pass(
-            counted([(first, cells)], prompts.stop, prompts.read, many), embeds=True, backward=True,
+            counted([(first, cells)], prompts.stop, prompts.read, many), backward=True,
             logits=many * cells * len(prompts.read), times=batches * n,
         )
         for many, batches in parts.items()

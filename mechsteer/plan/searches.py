@@ -126,7 +126,7 @@ def soft(
         parts.append(replace(checked, passes=[replace(each, backward=False) for each in checked.passes]))
     # The last look is a pass without a gradient.
     parts.append(replace(parts[0], passes=forward, batch=0.0))
-    clean = Pass(whole(prompts.n, prompts.length, ()), embeds=True)
+    clean = Pass(whole(prompts.n, prompts.length, ()))
     parts.append(Work("", [clean], calls=1))
     return together(f"soft prefix, {steps} steps", parts)
 
@@ -158,8 +158,8 @@ def searched(
     for n, times in parts.items():
         start = counted([(before, 1)], prompts.stop, prompts.read, n)
         logits = n * len(prompts.read)
-        passes.append(Pass(start, logits=logits, embeds=True, backward=True, times=times * steps))
-        passes.append(Pass(whole(n, before + tokens, ()), embeds=True, times=times * steps))
+        passes.append(Pass(start, logits=logits, backward=True, times=times * steps))
+        passes.append(Pass(whole(n, before + tokens, ()), times=times * steps))
         for starts, many in _candidates(dims, prompts, before, tokens, min(each, evaluations), n, device.kind, method):
             passes.append(_candidate_pass(dims, starts, prompts, before, tokens, n, many * times * steps))
     cache = kept_bytes(dims, shape.itemsize, prompts.n * (prompts.length + 4))
@@ -207,4 +207,4 @@ def _candidate_pass(
     # The same token at the same place in every candidate, and one that only it has.
     kinds = n * (prompts.stop - before - tokens) + (before + tokens - earliest) + cells
     alike = max(0, counts.rows - kinds) if dims.n_layers > 1 else 0
-    return Pass(counts, logits=n * cells * len(prompts.read), embeds=True, alike=alike, times=times)
+    return Pass(counts, logits=n * cells * len(prompts.read), alike=alike, times=times)
