@@ -19,6 +19,7 @@ from mechsteer.batches import Grid
 from mechsteer.costs import BatchSize, counted
 from mechsteer.engine import Engine
 from mechsteer.plan import DEVICES, Device, Plan
+from mechsteer.plan.devices import Table
 from mechsteer.plan.kernels import Pass
 from mechsteer.plan.pieces import Prompts, _batches
 from mechsteer.prefix import optimise_soft_prefix, search_prefix
@@ -134,6 +135,35 @@ def test_a_plan_looks_for_the_batch_size_as_the_engine_does() -> None:
     assert found.flops == fixed.flops
     # Workers share batches of one size.
     assert ms.plan_sweep(SHAPE, **grid, device=host, workers=2).stages[0].batches == 41
+
+
+def test_a_pass_has_one_kind_and_its_own_seconds() -> None:
+    read = [10, 11]
+    plain, past, ragged = (
+        counted(starts, 12, read, 3) for starts in ([(0, 9)], [(4, 9)], [(at, 1) for at in range(9)])
+    )
+    made = [Pass(each) for each in (plain, past, ragged)] + [Pass(past, backward=True)]
+    assert [each.kind for each in made] == ["plain", "past", "ragged", "back"]
+    # What is computed in groups of like width is.
+    pack = Pack(
+        lambda example, position, cell: Rows(ms.Prompts.from_ids(tokens(3, 12)), example, position, cell),
+        torch.arange(9).expand(3, 9), torch.full((3, 9), 12), None,
+    )  # fmt: skip
+    assert len(pack.buckets(pack.all)) > 1
+
+    times = {"plain": 1.0, "past": 2.0, "ragged": 3.0, "back": 4.0}
+    slower = {kind: Table([1e-6, 1e-3], [1.0], [[each], [each]]) for kind, each in times.items()}
+    device = Device(
+        "table", "cpu", {"float32": 1e9}, 1e15, 1e12, layer_seconds=1.0, batch_seconds=0.0, layer_times=times,
+        engine=slower,
+    )  # fmt: skip
+    for each in made:
+        # Three layers, and kernels of 0.1 s.
+        expected = 3 * times[each.kind] + 0.1 * times[each.kind]
+        assert device.time(0.1, each.layers(SHAPE.dims), kind=each.kind) == pytest.approx(expected)
+    # Cells behind the last layer run none.
+    axes = {"layer": 3, "alpha": 2}
+    assert ms.plan_sweep(SHAPE, axes=axes, kind="resid_post", prompts=3, positions=12, device=device).seconds > 0
 
 
 def test_operations_of_a_prefix_search_are_those_that_it_counts(model: ms.Model) -> None:
