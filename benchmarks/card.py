@@ -214,6 +214,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=3, help="turns; the median counts")
     parser.add_argument("--peer-python", help="interpreter in which nanogcg and transformers 4.47 import")
     arguments = parser.parse_args(words)
+    if arguments.runs < 1:
+        parser.error("--runs takes one or more.")
     lines, rate = measured(arguments)
     name = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     table = Table(title=f"{SHAPES[arguments.shape].name}, {arguments.dtype}, {name}, {datetime.date.today()}")

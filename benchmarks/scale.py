@@ -320,6 +320,8 @@ def main() -> int:
         "--processor-time", action="store_true", help="on one thread, for a machine that others use meanwhile"
     )
     arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds takes one or more.")
     global _clock
     if arguments.processor_time:
         torch.set_num_threads(1)

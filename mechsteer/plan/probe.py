@@ -30,7 +30,8 @@ _OTHERS, _CACHED, _HEADS = 4, 2**22, (16, 64)
 
 
 def here(*, dtype: str = "float32", clock: Callable[[], float] = time.perf_counter, again: bool = False) -> Device:
-    """This machine, as a device to plan for: its GPU where it has one. Measured once in a process, in some ten seconds.
+    """This machine, as a device to plan for: its GPU where it has one. Measured once in a process, in some fifteen
+    seconds.
 
     Args:
         dtype: of the weights.
