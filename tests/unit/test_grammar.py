@@ -1,6 +1,7 @@
 """The pocket language is as rich as its card says, its splits never mix, and its labeller is exact on its own text."""
 
 import random
+import re
 from itertools import combinations
 
 import pytest
@@ -129,8 +130,9 @@ def test_about_a_tenth_of_the_pairs_is_held_out() -> None:
 def test_indirect_objects(seed: int) -> None:
     rng = random.Random(seed)
     example = sample_indirect_object(rng)
-    assert example.prompt.count(example.answer) == 1
-    assert example.prompt.count(example.distractor) == 2
+    words = re.findall(r"\w+", example.prompt)  # of two names one may begin the other: Paul and Paula
+    assert words.count(example.answer) == 1
+    assert words.count(example.distractor) == 2
     assert complete_indirect_object(rng, example).startswith(f"{example.prompt} {example.answer}.")
 
 
