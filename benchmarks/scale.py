@@ -6,7 +6,8 @@
     python benchmarks/scale.py --study           # the chapters of a study of the pocket model instead
 
 In each of --rounds rounds this machine is measured (`mechsteer.plan.here`), predictions are made, and then the work is
-run. A machine may be a third faster or slower from one minute to the next: so medians of predictions stand beside
+run, again and again for a second and a half where it is brief.
+A machine may be a third faster or slower from one minute to the next: so medians of predictions stand beside
 medians of measurements, and *one by one* says how far apart they were in a round. Models have random weights and the
 shape of Llamas with grouped queries. Exponents are slopes of a line through logarithms, one quantity varied at a time.
 """

@@ -191,9 +191,9 @@ def _attention(
     # A rectangle's places are emptied, and rows written into them; from there they are read.
     own = [move(items * counts.width * kv, itemsize, times=2), move(2 * counts.rows * kv, itemsize, 2, "scatter")]
     own = own if counts.rows < items * counts.width else []
-    ragged = places > queries
-    padded = [move(places * h, itemsize), move(2 * queries * h, itemsize, kind="scatter")] if ragged else []
-    read = 4 if ragged else 2
+    gaps = places > queries
+    padded = [move(places * h, itemsize), move(2 * queries * h, itemsize, kind="scatter")] if gaps else []
+    read = 4 if gaps else 2
     if counts.way == "split":
         # Scores of clean and own keys, joined, scaled, masked and made into a pattern one after the other.
         scores = items * width * keys * dims.n_heads
