@@ -38,6 +38,12 @@ def test_both_sides_do_the_same_work(card: ModuleType, capsys: pytest.CaptureFix
     assert "matrix product" in capsys.readouterr().out
 
 
+def test_no_runs_are_refused(card: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        card.main(["--runs", "0"])
+    assert "--runs takes one or more." in capsys.readouterr().err
+
+
 def test_half_precision_runs(card: ModuleType) -> None:
     import torch
 

@@ -132,6 +132,13 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert said.status == 2 and message in " ".join(said.err.split()) and not said.out
 
 
+def test_a_type_that_commands_would_not_load_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers, note = "layers=2,d_model=64,heads=4,vocab=90,dtype=bfloat16", "Planned in bfloat16, the model's own type."
+    assert note in " ".join(run(capsys, "plan", "sweep", numbers).out.split())
+    for words in ([numbers, "--dtype", "bfloat16"], [numbers, "--dtype", "float32"], ["pocket"]):
+        assert "Planned in" not in run(capsys, "plan", "sweep", *words).out
+
+
 def test_requests_are_a_number_or_the_file_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "mine.txt"
     file.write_text("Say something.\nTell a story.\n\nName a colour.\nSing.\n", encoding="utf-8")
