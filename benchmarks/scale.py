@@ -338,22 +338,21 @@ def main() -> int:
     if arguments.study:
         console.print(chapters(device))
         return 0
-    outcomes: list[Outcome] = []
     at = Setting(prompts=2, positions=8, alphas=3, candidates=32, steps=2) if arguments.quick else Setting()
     rounds = 1 if arguments.quick else arguments.rounds
-    for name in arguments.sizes[:1] if arguments.quick else arguments.sizes:
-        shape = SIZES[name]
-        model = model_of(shape)
-        found: dict[str, list[tuple[Plan, Measured]]] = {work: [] for work in WORKLOADS}
-        for turn in range(rounds):
-            if outcomes or turn:
-                # Anew, because what the machine does meanwhile, and how warm it is, changes.
-                device = here(clock=_clock, again=True)
-            for work, make in WORKLOADS.items():
-                plan, doing = make(shape, at, device)
-                found[work].append((plan, measured(doing, model)))
-        print(f"{name}: measured", file=sys.stderr)
-        outcomes += [Outcome(work, name, *zip(*each, strict=True)) for work, each in found.items()]
+    models = {name: model_of(SIZES[name]) for name in (arguments.sizes[:1] if arguments.quick else arguments.sizes)}
+    found: dict[tuple[str, str], list[tuple[Plan, Measured]]] = {
+        (name, work): [] for name in models for work in WORKLOADS
+    }
+    # All sizes in every round, so that a minute in which the machine is slow is no size's own.
+    for turn in range(rounds):
+        if turn:
+            device = here(clock=_clock, again=True)
+        for (name, work), pairs in found.items():
+            plan, doing = WORKLOADS[work](SIZES[name], at, device)
+            pairs.append((plan, measured(doing, models[name])))
+        print(f"round {turn + 1} of {rounds}: measured", file=sys.stderr)
+    outcomes = [Outcome(work, name, *zip(*each, strict=True)) for (name, work), each in found.items()]
     table = Table(title=f"predicted beside measured, medians of {rounds}")
     for column in ("work", "model", "GFLOP", "measured", "ratio", "seconds", "measured", "ratio", "one by one", ""):
         table.add_column(column)

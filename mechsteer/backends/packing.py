@@ -130,12 +130,22 @@ class Pack:
         """The items in groups of like width, so that little of the attention is padding."""
         key = ("buckets", queries is self.last)
         if key not in self._memo:
-            n_items, rows = self.all.n_items, queries.item.shape[0]
-            wide = ragged(n_items, queries.width, rows)
-            counts = torch.zeros(n_items, dtype=torch.long, device=self.start.device)
-            counts = counts.index_add(0, queries.item, torch.ones_like(queries.item))
-            groups = counts.argsort(descending=True, stable=True).chunk(BUCKETS) if wide else [None]
-            self._memo[key] = [Bucket(self, queries, items) for items in groups]
+            self._memo[key] = [Bucket(self, queries, items) for items, _, _ in self._groups(queries)]
+        return self._memo[key]
+
+    def _groups(self, queries: Layout) -> list[tuple[Int[Tensor, " item"] | None, int, int]]:
+        """Which items are in each bucket (None for all), how many, and the width of its rectangle."""
+        key = ("groups", queries is self.last)
+        if key not in self._memo:
+            n_items = self.all.n_items
+            if ragged(n_items, queries.width, queries.item.shape[0]):
+                counts = torch.zeros(n_items, dtype=torch.long, device=self.start.device)
+                counts = counts.index_add(0, queries.item, torch.ones_like(queries.item))
+                counts, order = counts.sort(descending=True, stable=True)
+                widest = zip(order.chunk(BUCKETS), counts.chunk(BUCKETS), strict=True)
+                self._memo[key] = [(items, items.shape[0], int(width[0])) for items, width in widest]
+            else:
+                self._memo[key] = [(None, queries.n_items, queries.width)]
         return self._memo[key]
 
     def counts(self, *, own: bool = False) -> Counts:
@@ -146,7 +156,7 @@ class Pack:
         def pairs(queries: Layout) -> float:
             if way == "split":
                 return float(queries.n_items * queries.width * keys)
-            return float(sum(each.n_items * each.width for each in self.buckets(queries)) * keys)
+            return float(sum(n_items * width for _, n_items, width in self._groups(queries)) * keys)
 
         return Counts(
             self.all.n_items, self.all.item.shape[0], self.last.item.shape[0], self.all.width, self.last.width,
