@@ -295,16 +295,13 @@ def test_ctrl_c_stops_the_work_on_the_cluster(cluster: Any, model: ms.Model, tmp
     driver = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
     wait_for(lambda: out.exists() and shards(out))
     driver.send_signal(signal.SIGINT)
-    assert driver.wait(timeout=120) != 0
-
-    def stands_still() -> bool:
-        left = shards(out)
-        time.sleep(4)
-        return shards(out) == left
-
-    wait_for(stands_still)
+    assert driver.wait(timeout=60) != 0
+    time.sleep(4)
+    left = shards(out)
+    time.sleep(4)
+    assert shards(out) == left and not (out / "result.safetensors").exists()
     written = times_written(out, (model.n_layers, len(ALPHAS), 3))
-    assert (written == 0).any() and not (out / "result.safetensors").exists()
+    assert (written == 0).any()  # it did not simply end
 
 
 def test_commands_take_an_executor(tmp_path: Path) -> None:
