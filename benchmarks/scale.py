@@ -6,10 +6,10 @@
     python benchmarks/scale.py --study           # the chapters of a study of the pocket model instead
 
 In each of --rounds rounds this machine is measured (`mechsteer.plan.here`), predictions are made, and then the work is
-run, again and again for a second and a half where it is brief.
-A machine may be a third faster or slower from one minute to the next: so medians of predictions stand beside
-medians of measurements, and *one by one* says how far apart they were in a round. Models have random weights and the
-shape of Llamas with grouped queries. Exponents are slopes of a line through logarithms, one quantity varied at a time.
+run, again and again for a second and a half where it is brief. A machine may be a third faster or slower from one
+minute to the next: so medians of predictions stand beside medians of measurements, and *one by one* says how far apart
+they were in a round. Models have random weights and the shape of Llamas with grouped queries. Exponents are slopes of a
+line through logarithms, one quantity varied at a time.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import mechsteer as ms
+from mechsteer.backends.random_weights import random_hooked
 from mechsteer.plan import Device, here
 from mechsteer.plan.estimate import Plan
 from mechsteer.plan.probe import told
@@ -96,14 +96,8 @@ class Outcome(NamedTuple):
 
 def model_of(shape: ms.Shape, device: str | None = None, dtype: torch.dtype = torch.float32) -> ms.Model:
     """A random model of this shape, without a tokenizer."""
-    cfg = HookedTransformerConfig(
-        n_layers=shape.layers, d_model=shape.d_model, n_ctx=1024, d_head=shape.d_head, n_heads=shape.heads,
-        n_key_value_heads=shape.kv_heads, d_mlp=shape.d_mlp, d_vocab=shape.vocab, act_fn="silu", gated_mlp=True,
-        normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=shape.d_head, seed=0,
-        model_name=f"random {shape.name}", dtype=dtype,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    )  # fmt: skip
-    return ms.Model(HookedTransformer(cfg).eval(), name=f"random {shape.name}")
+    at, name = device or ("cuda" if torch.cuda.is_available() else "cpu"), f"random {shape.name}"
+    return ms.Model(random_hooked(shape.dims, device=at, dtype=dtype, name=name), name=name)
 
 
 def tokens(model: ms.Model, *shape: int, seed: int = 0) -> torch.Tensor:

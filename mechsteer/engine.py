@@ -103,6 +103,8 @@ class Engine:
             self.model.check_site(site)
         self.decoder: Decoder | None = self.model.decoder
         self.model_id: ModelId = self.model.id
+        # Parameters are found by walking all modules, which a brief sweep would feel each time.
+        self._weights = memory.weights(self.model)
         if any(site.kind not in PACKED_KINDS for site in self.sites):
             self.decoder = None
         n_pos = self.prompts.tokens.shape[1]
@@ -125,7 +127,7 @@ class Engine:
         kept = min(tokens, max(chunk, int(lengths.max())))
         share = float(self.read.sum()) / tokens
         dims, size = Dims.of(model.cfg, model.d_vocab), model.dtype.itemsize
-        parts = memory.weights(model) if self.decoder is not None else {"weights": memory.weights(model)["weights"]}
+        parts = dict(self._weights) if self.decoder is not None else {"weights": self._weights["weights"]}
         parts["clean pass"] = kept_bytes(dims, size, kept, states=sum(stage >= 0 for stage in set(stages)))
         whole = batch_bytes(dims, size, kept, logits=int(share * kept))
         graph = dims.n_layers if grad else 0

@@ -124,7 +124,9 @@ def sweep(
         {name: ((*values, "prompt"), store.values[name].reshape(shape)) for name in measures},
         coords={**labels, "prompt": list(right.labels) if right.labels else np.arange(len(right))},
     )
-    result = Result(data, provenance=provenance(model=model.id, seconds=time.perf_counter() - began, **options))
+    result = Result(
+        data, provenance=provenance(model=grid.engine.model_id, seconds=time.perf_counter() - began, **options)
+    )
     if out is not None:
         assert store.folder is not None
         with store.folder.written("result.safetensors") as path:

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -132,7 +132,11 @@ def logits_at(
 
 def places(hooked: Any) -> tuple[Any, ...]:
     """Changes whenever a weight is replaced, moved, or edited in place by an operation that PyTorch counts."""
-    return tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in hooked.parameters())
+    return _places(hooked.parameters())
+
+
+def _places(parameters: Iterable[Tensor]) -> tuple[Any, ...]:
+    return tuple((p.data_ptr(), p._version, p.device, p.dtype) for p in parameters)
 
 
 def settle(hooked: Any) -> None:
@@ -153,7 +157,8 @@ def settle(hooked: Any) -> None:
 def fingerprint(hooked: Any) -> tuple[Any, ...]:
     """Changes whenever a weight does, also where it was edited through `.data`; reads all weights once."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for parameter in hooked.parameters():
+    everything = list(hooked.parameters())
+    for parameter in everything:
         by_device.setdefault(parameter.device, []).append(parameter)
     values: list[float] = []
     for parameters in by_device.values():
@@ -163,7 +168,7 @@ def fingerprint(hooked: Any) -> tuple[Any, ...]:
             options = {} if all(wide(each.dtype) == each.dtype for each in parameters) else {"dtype": torch.float32}
             norms = torch._foreach_norm(parameters, **options)  # pyright: ignore
             values += torch.stack([norm.float() for norm in norms]).tolist()
-    return (*values, places(hooked))
+    return (*values, _places(everything))
 
 
 def weights_hash(hooked: Any) -> str:

@@ -6,26 +6,23 @@ faster one second and slower the next is so for all of them. Their plans say whi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from mechsteer.activations import ModelId
-from mechsteer.backends.blank import blank
-from mechsteer.costs import GRAPH_ROWS, ROWS, Dims
+from mechsteer.backends.random_weights import random_hooked
+from mechsteer.costs import GRAPH_ROWS, ROWS
 from mechsteer.interventions import Add
 from mechsteer.model import Model
 from mechsteer.objectives import LogitGap, TeacherForcedCE
 from mechsteer.plan.clock import Timer
 from mechsteer.plan.devices import LAYER_TIMES, Device, Table
 from mechsteer.plan.estimate import Work, costed
-from mechsteer.plan.pieces import Cells, gradients, swept
+from mechsteer.plan.pieces import Cells, gradients, stage_of, swept
 from mechsteer.plan.pieces import Prompts as Planned
 from mechsteer.plan.shape import Shape
 from mechsteer.prefix.loss import PrefixLoss
 from mechsteer.prompts import Prompts
-from mechsteer.site import Site
 from mechsteer.sweeps import sweep
 from mechsteer.vocabulary import insert
 
@@ -34,13 +31,16 @@ from mechsteer.vocabulary import insert
 _FEW, _MANY = 2, 10
 _WHOLE = {"cpu": ((64, 16, 176), (192, 32, 512), (512, 64, 1408)), "cuda": ((256, 64, 704), (2048, 128, 5632))}
 _DEEP, _VOCAB = 3, 64
+# How many times as many rows as the first batch of a sweep has the batches of small models grow to.
+_GROWN = 5
+# Of the measurement of logits: tokens of the vocabulary for each number of d_model, and most cells.
+_WORDS, _MOST = 8, 21
 # Prompts and their tokens; and d_model at which several batches of them are still brief.
 _PROMPTS, _LENGTH = 8, 24
 _BRIEF = {"cpu": 192, "cuda": 2048}
 # Rows of a batch that holds whatever there is.
 _ALL = 1 << 20
-# Kinds of passes with clean keys.
-_BEHIND = ("past", "ragged")
+_CONTEXT = 64
 # Turns that everything is run in, and calls in each.
 _TURNS, _CALLS = 6, 2
 _GAP = LogitGap([5], [9])
@@ -54,14 +54,10 @@ class _Trial:
     work: Work
     run: Callable[[], Any]
 
-    @property
-    def layers(self) -> float:
-        return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes)
-
-    @property
-    def past(self) -> float:
-        """Layers behind clean keys."""
-        return sum(one.layers(self.shape.dims) * one.times for one in self.work.passes if one.kind in _BEHIND)
+    def layers(self, *kinds: str) -> float:
+        """How many run, in passes of these kinds; in all of them if none is given."""
+        passes = [one for one in self.work.passes if not kinds or one.kind in kinds]
+        return sum(one.layers(self.shape.dims) * one.times for one in passes)
 
     @property
     def batches(self) -> int:
@@ -90,15 +86,13 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
         )
     ]  # fmt: skip
     back = {each: _gradient(each, device, dtype, at, n_prompts=1, length=8) for each in (few, many)}
-    large = [
-        {
-            "plain": _large_sweep(each, device, dtype, at),
-            "ragged": _ragged_sweep(each, device, dtype, at),
-            "back": _large_gradient(each, device, dtype, at),
-        }
-        for each in whole
-    ]
-    trials = [*sweeps, *back.values(), *(trial for each in large for trial in each.values())]
+    plain = [_large_sweep(each, device, dtype, at) for each in whole]
+    # The widest one's grown batch would take seconds, and is as fast as its first one.
+    grown = [_large_sweep(each, device, dtype, at, grown=True) for each in whole[:-1]]
+    ragged = [_ragged_sweep(each, device, dtype, at) for each in whole]
+    large_back = [_large_gradient(each, device, dtype, at) for each in whole]
+    logits = [_logits_sweep(each, device, dtype, at) for each in whole]
+    trials = [*sweeps, *back.values(), *plain, *grown, *ragged, *large_back, *logits]
     taken = timer.in_turns({trial: trial.run for trial in trials}, _TURNS, _CALLS)
     bare = replace(
         device, layer_seconds=0.0, batch_seconds=0.0, cell_seconds=0.0, call_seconds=0.0, engine={},
@@ -114,29 +108,53 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
         batch_times={**found.batch_times, "back": batch / found.batch_seconds},
     )  # fmt: skip
 
-    def slower(trials: Sequence[_Trial]) -> Table:
-        # The host runs ahead of a GPU.
-        besides = [each.seconds(found) - kernels[each] if device.kind == "cpu" else 0.0 for each in trials]
-        ratios = [(taken[each] - other) / kernels[each] for each, other in zip(trials, besides, strict=True)]
-        of_layer = [kernels[each] / each.layers for each in trials]
-        return Table(of_layer, [1.0], [[max(0.3, ratio)] for ratio in ratios])
+    def slower(kind: str, trials: Sequence[_Trial]) -> list[float]:
+        return [_slower(kind, each, taken[each], found) for each in trials]
 
-    engine = {kind: slower([each[kind] for each in large]) for kind in large[0]}
-    return replace(found, engine={**engine, "past": engine["plain"]})
+    widths = [each.d_model for each in whole]
+    first = slower("plain", plain)
+    rows = [trials[0].work.passes[-1].counts.rows for trials in (plain, grown)]
+    over = Table(rows, widths, [first, [*slower("plain", grown), first[-1]]])
+    found = replace(found, engine={"plain": over, "past": over})
+    for_logits = Table([_logits_seconds(each, bare) for each in logits], [1.0], [[n] for n in slower("logits", logits)])
+    found = replace(found, engine={**found.engine, "logits": for_logits})
+    others = {"ragged": ragged, "back": large_back}
+    engine = {kind: Table([1.0], widths, [slower(kind, trials)]) for kind, trials in others.items()}
+    return replace(found, engine={**found.engine, **engine})
+
+
+def _slower(kind: str, trial: _Trial, taken: float, device: Device) -> float:
+    """How many times as long as by themselves the kernels of such passes took, if all else took what it is planned to.
+
+    A plan's seconds grow in proportion to it, so that two plans say what it is.
+    """
+    if device.kind == "cuda":  # the host runs ahead
+        device = replace(device, layer_seconds=0.0, batch_seconds=0.0)
+    one, two = (
+        trial.seconds(replace(device, engine={**device.engine, kind: Table([1.0], [1.0], [[times]])}))
+        for times in (1.0, 2.0)
+    )
+    return max(0.3, 1 + (taken - one) / (two - one))
 
 
 def _host(trials: list[tuple[_Trial, float]]) -> dict[str, Any]:
-    """Seconds of a call, a batch, a layer and a cell, and what clean keys add to a layer: least squares of relative
-    errors."""
+    """Seconds of a call, a batch, a layer and a cell, and what clean keys add to a layer, where all items start at one
+    token and where not: least squares of relative errors."""
     rows = [
-        [part / taken for part in (each.work.calls, each.batches, each.layers, each.past, each.work.cells)]
+        [
+            part / taken
+            for part in (
+                each.work.calls, each.batches, each.layers(), each.layers("past"), each.layers("ragged"),
+                each.work.cells,
+            )
+        ]
         for each, taken in trials
-    ]
+    ]  # fmt: skip
     solved = torch.linalg.lstsq(torch.tensor(rows, dtype=torch.double), torch.ones(len(rows), 1, dtype=torch.double))
-    call, batch, layer, past, cell = (max(1e-7, float(each)) for each in solved.solution.flatten())
+    call, batch, layer, past, ragged, cell = (max(1e-7, float(each)) for each in solved.solution.flatten())
     return {
         "call_seconds": call, "batch_seconds": batch, "layer_seconds": layer, "cell_seconds": cell,
-        "layer_times": {**LAYER_TIMES, **dict.fromkeys(_BEHIND, 1 + past / layer)},
+        "layer_times": {**LAYER_TIMES, "past": 1 + past / layer, "ragged": 1 + ragged / layer},
     }  # fmt: skip
 
 
@@ -145,7 +163,7 @@ def _sweep(
     rows: int, starts: Sequence[int] = (0,),
 ) -> _Trial:  # fmt: skip
     """A vector in front of the first layer, at many strengths and some positions."""
-    model, prompts = _Blank(shape.dims, dtype, at), Prompts.from_ids(_ids(n_prompts, length))
+    model, prompts = _model(shape, dtype, at), Prompts.from_ids(_ids(n_prompts, length))
     vector = torch.ones(shape.d_model, dtype=dtype, device=at)
     each = cells // len(starts)
 
@@ -160,11 +178,13 @@ def _sweep(
     return _Trial(shape, swept(shape, [planned], Planned.of(n_prompts, length), device, rows=rows), run)
 
 
-def _large_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
+def _large_sweep(
+    shape: Shape, device: Device, dtype: torch.dtype, at: torch.device, *, grown: bool = False
+) -> _Trial:  # fmt: skip
     """All cells start at the first token."""
-    rows = ROWS[at.type]
+    rows = ROWS[at.type] * (_GROWN if grown else 1)
     # Few batches where each takes long.
-    batches = max(1, min(4, _BRIEF[at.type] // shape.d_model))
+    batches = 1 if grown else max(1, min(4, _BRIEF[at.type] // shape.d_model))
     cells = batches * max(1, rows // (_PROMPTS * _LENGTH))
     return _sweep(shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=cells, rows=rows)
 
@@ -176,6 +196,38 @@ def _ragged_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.de
         shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=each * _LENGTH, rows=_ALL,
         starts=range(_LENGTH),
     )  # fmt: skip
+
+
+def _logits_sweep(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
+    """Cells behind the only layer, and the cross entropy of completions: hardly anything but logits."""
+    shape = replace(shape, layers=1, vocab=_WORDS * shape.d_model)
+    completion, model = _LENGTH // 2, _model(shape, dtype, at)
+    prompts = Prompts.from_ids(_ids(_PROMPTS, _LENGTH), completions=_ids(_PROMPTS, completion).tolist())
+    vector = torch.ones(shape.d_model, dtype=dtype, device=at)
+    # Fewer where each takes long.
+    cells = max(_MOST // 4, min(_MOST, _MOST * _WHOLE[device.kind][0][0] // shape.d_model))
+
+    def run() -> None:
+        sweep(
+            model, prompts, axes={"alpha": [float(alpha) for alpha in range(cells)]}, rows=_ALL,
+            measure=TeacherForcedCE(), build=lambda alpha: Add(vector, alpha, site=("resid_post", 0)), progress=False,
+        )  # fmt: skip
+
+    planned = [Cells(stage_of("resid_post", 0), ((0, cells),))]
+    return _Trial(
+        shape, swept(shape, planned, Planned.of(_PROMPTS, _LENGTH, completion), device, rows=_ALL), run
+    )  # fmt: skip
+
+
+def _logits_seconds(trial: _Trial, bare: Device) -> float:
+    """Of the kernels of a batch's logits by themselves."""
+    parts = trial.work.passes[-1].parts(trial.shape.dims)
+    return sum(
+        times * bare.seconds(kernel, trial.shape.dtype)
+        for part, times in parts
+        if part.name == "logits"
+        for kernel in part.kernels(trial.shape.dims, trial.shape.itemsize)
+    )
 
 
 def _large_gradient(shape: Shape, device: Device, dtype: torch.dtype, at: torch.device) -> _Trial:
@@ -191,7 +243,7 @@ def _gradient(
     before = length - slots - completion
     ids = Prompts.from_ids(_ids(n_prompts, before), completions=_ids(n_prompts, completion).tolist())
     loss = PrefixLoss(
-        _Blank(shape.dims, dtype, at), insert(ids, where="prefix", slots=slots), TeacherForcedCE(), n_prefixes=1
+        _model(shape, dtype, at), insert(ids, where="prefix", slots=slots), TeacherForcedCE(), n_prefixes=1
     )
     soft = torch.randn(1, slots, shape.d_model, generator=torch.Generator().manual_seed(0)).to(at)
     work = gradients(shape, 1, Planned.of(n_prompts, before + slots, completion), 0, device)
@@ -202,32 +254,5 @@ def _ids(n: int, length: int) -> torch.Tensor:
     return torch.randint(4, _VOCAB, (n, length), generator=torch.Generator().manual_seed(0))
 
 
-class _Blank(Model):
-    """A model with random weights that only the packed pass runs."""
-
-    def __init__(self, dims: Dims, dtype: torch.dtype, at: torch.device) -> None:
-        self._blank, self._at, self._of = blank(dims, device=at, dtype=dtype), at, dtype
-        self.name, self.tokenizer = "blank", None
-        self._made = ModelId("blank", "0" * 64, False)
-        cfg = SimpleNamespace(
-            n_layers=dims.n_layers, d_model=dims.d_model, n_heads=dims.n_heads, n_key_value_heads=dims.n_kv_heads,
-            d_head=dims.d_head, d_mlp=dims.d_mlp, gated_mlp=dims.gated,
-        )  # fmt: skip
-        # What sweeps ask of it before they begin: its size, and where it is.
-        self.hooked = cast(Any, SimpleNamespace(cfg=cfg, parameters=lambda: iter([torch.empty(0, device=at)])))
-
-    decoder = property(lambda self: self._blank)
-    device = property(lambda self: self._at)
-    dtype = property(lambda self: self._of)
-    id = property(lambda self: self._made)
-    n_layers = property(lambda self: self._blank.n_layers)
-    d_model = property(lambda self: self._blank.dims.d_model)
-    d_vocab = property(lambda self: self._blank.d_vocab)
-    n_ctx = property(lambda self: 64)
-    has_decoder = property(lambda self: True)
-
-    def check_site(self, site: Site) -> None: ...
-
-    def check_edit(self, site: Site) -> None: ...
-
-    def check_width(self, site: Site, width: int, what: str) -> None: ...
+def _model(shape: Shape, dtype: torch.dtype, at: torch.device) -> Model:
+    return Model(random_hooked(shape.dims, device=at, dtype=dtype, n_ctx=_CONTEXT), name="random")

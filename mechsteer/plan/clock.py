@@ -11,6 +11,8 @@ import torch
 K = TypeVar("K", bound=Hashable)
 # Seconds that a kernel is measured for, at least five times.
 _SECONDS = 0.012
+# Seconds of a long call.
+_LONG = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Timer:
         return sorted(times)[len(times) // 4]
 
     def in_turns(self, runs: Mapping[K, Callable[[], Any]], turns: int, calls: int) -> dict[K, float]:
-        """The median of each of many, which take turns of several calls.
+        """The median of each of many, which take turns of several calls, or of one where calls are long.
 
         The first call of a turn does not count: it finds the memory and the caches that another one left, which costs
         it up to 40 %, where real work goes on as it began.
@@ -50,6 +52,6 @@ class Timer:
         times: dict[K, list[float]] = {key: [] for key in runs}
         for _ in range(turns):
             for key, run in runs.items():
-                run()
-                times[key] += [self.once(run) for _ in range(calls)]
+                many = calls if self.once(run) < _LONG else 1
+                times[key] += [self.once(run) for _ in range(many)]
         return {key: statistics.median(each) for key, each in times.items()}

@@ -81,7 +81,8 @@ class Device:
             over rows and the square root of the weights; over queries x keys and d_head; bytes a second over bytes.
         slower: how many times as long as a mere move kernels of other kinds take: "norm", "act", "rotation", "scatter".
         engine: how many times as long as their kernels alone the layers of the engine take, by the kind of a pass, over
-            the seconds of the kernels of a layer.
+            the rows of a batch and `d_model`; and under "logits" those of a batch's logits, over their kernels'
+            seconds.
     """
 
     name: str
@@ -142,17 +143,23 @@ class Device:
         *,
         rest: float | int = 0.0,
         kind: str = "plain",
+        rows: float | int = 1,
+        d_model: float | int = 1,
     ) -> float:
         """Seconds of a batch.
 
         Args:
             kernels: seconds that those of its layers take by themselves.
             layers: how many.
-            rest: seconds of the other kernels.
+            rest: seconds of the kernels of its logits.
             kind: of the pass; see `mechsteer.plan.kernels.Pass.kind`.
+            rows: tokens in it.
+            d_model: of the model.
         """
-        if kind in self.engine and kernels:
-            kernels = kernels * self.engine[kind].at(kernels / max(1, layers))
+        if kind in self.engine:
+            kernels = kernels * self.engine[kind].at(max(1, rows), d_model)
+        if "logits" in self.engine and rest:
+            rest = rest * self.engine["logits"].at(rest)
         host = self.batch_times[kind] * self.batch_seconds + self.layer_times[kind] * layers * self.layer_seconds
         # The host runs ahead of a GPU: whichever takes longer.
         return host + kernels + rest if self.kind == "cpu" else max(host, kernels + rest)

@@ -202,7 +202,10 @@ def taken(
             rest += found[2] * often
         else:
             kernels += found[2] * often
-    return flops, moved, device.time(kernels, one.layers(dims), rest=rest, kind=one.kind)
+    seconds = device.time(
+        kernels, one.layers(dims), rest=rest, kind=one.kind, rows=one.counts.rows, d_model=dims.d_model
+    )
+    return flops, moved, seconds
 
 
 def weights_memory(shape: Shape) -> float:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mechsteer.backends.blank import blank
+from mechsteer.backends.decoder import Decoder
 from mechsteer.backends.layers import Norm
+from mechsteer.backends.random_weights import random_hooked
 from mechsteer.costs import Dims
 from mechsteer.plan.calibration import calibrated
 from mechsteer.plan.clock import Timer
@@ -100,7 +101,7 @@ def _moves(kind: str, dtype: torch.dtype, timer: Timer) -> tuple[Table, dict[str
     table = Table(moved, [1.0], rates)
     x = torch.randn(_OTHERS, 512, 512, device=timer.at).to(dtype)
     norm, order, there = Norm(None, None, 1e-5, True), torch.randperm(512, device=timer.at), torch.empty_like(x[0])
-    decoder = blank(Dims(1, 512, 8, 8, 64, 64, 64), device=timer.at, dtype=dtype)
+    decoder = Decoder(random_hooked(Dims(1, 512, 8, 8, 64, 64, 64), device=timer.at, dtype=dtype, n_ctx=64))
     turns = decoder.layers[0].turns
     assert turns is not None
     heads, turn = x.view(_OTHERS, 512, 8, 64), turns.index_select(0, order % len(turns))
