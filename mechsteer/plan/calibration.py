@@ -35,14 +35,12 @@ _DEEP, _VOCAB = 3, 64
 _GROWN = 5
 # Of the measurement of logits: tokens of the vocabulary for each number of d_model, and most cells.
 _WORDS, _MOST = 8, 21
-# Prompts and their tokens; and d_model at which several batches of them are still brief.
-_PROMPTS, _LENGTH = 8, 24
-_BRIEF = {"cpu": 192, "cuda": 2048}
-# Rows of a batch that holds whatever there is.
-_ALL = 1 << 20
-_CONTEXT = 64
-# Turns that everything is run in, and calls in each.
-_TURNS, _CALLS = 6, 2
+# Prompts and their tokens; and most positions of the models.
+_PROMPTS, _LENGTH, _CONTEXT = 8, 24, 64
+# Batches of a sweep, the first of which finds memory that it has to ask for, and rows of one that holds all there is.
+_BATCHES, _ALL = 3, 1 << 20
+# Turns that everything is run in.
+_TURNS = 12
 _GAP = LogitGap([5], [9])
 
 
@@ -93,7 +91,7 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
     large_back = [_large_gradient(each, device, dtype, at) for each in whole]
     logits = [_logits_sweep(each, device, dtype, at) for each in whole]
     trials = [*sweeps, *back.values(), *plain, *grown, *ragged, *large_back, *logits]
-    taken = timer.in_turns({trial: trial.run for trial in trials}, _TURNS, _CALLS)
+    taken = timer.in_turns({trial: trial.run for trial in trials}, _TURNS)
     widths = [each.d_model for each in whole]
     bare = replace(
         device, layer_seconds=0.0, batch_seconds=0.0, cell_seconds=0.0, call_seconds=0.0, engine={},
@@ -189,9 +187,7 @@ def _large_sweep(
 ) -> _Trial:  # fmt: skip
     """All cells start at the first token."""
     rows = ROWS[at.type] * (_GROWN if grown else 1)
-    # Few batches where each takes long.
-    batches = 1 if grown else max(1, min(4, _BRIEF[at.type] // shape.d_model))
-    cells = batches * max(1, rows // (_PROMPTS * _LENGTH))
+    cells = (1 if grown else _BATCHES) * max(1, rows // (_PROMPTS * _LENGTH))
     return _sweep(shape, device, dtype, at, n_prompts=_PROMPTS, length=_LENGTH, cells=cells, rows=rows)
 
 

@@ -43,15 +43,15 @@ class Timer:
             times.append(self.once(run))
         return sorted(times)[len(times) // 4]
 
-    def in_turns(self, runs: Mapping[K, Callable[[], Any]], turns: int, calls: int) -> dict[K, float]:
-        """The median of each of many, which take turns of several calls, or of one where calls are long.
+    def in_turns(self, runs: Mapping[K, Callable[[], Any]], turns: int) -> dict[K, float]:
+        """The median of each of many, which take turns.
 
-        The first call of a turn does not count: it finds the memory and the caches that another one left, which costs
-        it up to 40 %, where real work goes on as it began.
+        A brief call is made twice, and the second one counts: the first one finds the memory and the caches that
+        another left, which costs it up to 40 %, where real work goes on as it began.
         """
         times: dict[K, list[float]] = {key: [] for key in runs}
         for _ in range(turns):
             for key, run in runs.items():
-                many = calls if self.once(run) < _LONG else 1
-                times[key] += [self.once(run) for _ in range(many)]
+                first = self.once(run)
+                times[key].append(first if first >= _LONG else self.once(run))
         return {key: statistics.median(each) for key, each in times.items()}

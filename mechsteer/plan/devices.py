@@ -198,7 +198,7 @@ def device(name: "str | Device", *, dtype: str = "float32", tf32: bool = False) 
     """A device by name.
 
     Args:
-        name: one of `DEVICES`; "here", which measures this machine for about fifteen seconds; or a Device.
+        name: one of `DEVICES`; "here", which measures this machine for about half a minute; or a Device.
         dtype: that "here" measures with.
         tf32: whether float32 products are those of TF32.
 

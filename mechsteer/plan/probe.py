@@ -3,14 +3,12 @@
 import itertools
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from mechsteer.backends.decoder import Decoder
@@ -28,15 +26,13 @@ _WEIGHTS = {"cpu": (32, 128, 384, 1024), "cuda": (256, 1024, 4096)}
 # Lengths of texts are not round: attention to a multiple of 16 keys is up to three times as fast.
 _ATTENTION = {"cpu": ((7, 20), (22, 24), (100, 110), (250, 500)), "cuda": ((15, 60), (120, 125), (500, 510))}
 _NUMBERS = {"cpu": (2**8, 2**12, 2**15, 2**18, 2**20, 2**22, 2**24), "cuda": (2**14, 2**18, 2**22, 2**26)}
-# Rounds of the kernels by themselves.
-_ROUNDS = 3
 # Tensors that take turns, numbers of the largest of these, and sizes of heads.
 _OTHERS, _CACHED, _HEADS = 4, 2**22, (16, 64)
 
 
 def here(*, dtype: str = "float32", clock: Callable[[], float] = time.perf_counter, again: bool = False) -> Device:
-    """This machine, as a device to plan for: its GPU where it has one. Measured once in a process, in some fifteen
-    seconds.
+    """This machine, as a device to plan for: its GPU where it has one. Measured once in a process, in about half a
+    minute.
 
     Args:
         dtype: of the weights.
@@ -54,13 +50,13 @@ def _here(dtype: str, clock: Clock) -> Device:
     cuda = torch.cuda.is_available()
     kind, at = ("cuda", torch.device("cuda")) if cuda else ("cpu", torch.device("cpu"))
     of, timer = getattr(torch, dtype), Timer(at, clock)
-    # The best of several rounds: so that a moment in which the machine is slow is not taken for a size at which it is.
-    rounds = [_kernels(kind, of, timer) for _ in range(_ROUNDS)]
-    products, attended, moved = (
-        torch.stack(each).amax(0).tolist() for each in zip(*(r[:3] for r in rounds), strict=True)
-    )
-    slower = {name: statistics.median(each[3][name] for each in rounds) for name in rounds[0][3]}
-    move = Table(_moved(kind, of), [1.0], moved)
+    with torch.no_grad():
+        # What calling a kernel takes is the host's, and measured with it.
+        one = torch.ones(1, 1, device=at, dtype=of)
+        called = timer.alone(lambda: one @ one)
+        products = [[_product(m, s, of, timer, called) for s in _WEIGHTS[kind]] for m in _ROWS[kind]]
+        attended = [[_attended(w, k, d, of, timer, called) for d in _HEADS] for w, k in _ATTENTION[kind]]
+        move, slower = _moves(kind, of, timer)
     name, memory = ("here", _memory()) if not cuda else (torch.cuda.get_device_name(), torch.cuda.mem_get_info()[1])
     alone = Device(
         name, kind, {dtype: max(max(row) for row in products)}, max(row[0] for row in move.values), float(memory),
@@ -68,19 +64,6 @@ def _here(dtype: str, clock: Clock) -> Device:
         attention=Table([w * k for w, k in _ATTENTION[kind]], _HEADS, attended), move=move, slower=slower,
     )  # fmt: skip
     return calibrated(alone, timer, of, at)
-
-
-@torch.no_grad()
-def _kernels(kind: str, dtype: torch.dtype, timer: Timer) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
-    """Rates of products [rows, weights], of attention [size, head] and of moves [bytes, 1], and how much slower than
-    these kernels of other kinds are."""
-    # What calling a kernel takes is the host's, and measured with it.
-    one = torch.ones(1, 1, device=timer.at, dtype=dtype)
-    called = timer.alone(lambda: one @ one)
-    products = [[_product(m, s, dtype, timer, called) for s in _WEIGHTS[kind]] for m in _ROWS[kind]]
-    attended = [[_attended(w, k, d, dtype, timer, called) for d in _HEADS] for w, k in _ATTENTION[kind]]
-    move, slower = _moves(kind, dtype, timer)
-    return torch.tensor(products), torch.tensor(attended), torch.tensor(move.values), slower
 
 
 def _without(taken: float, called: float) -> float:
@@ -112,7 +95,8 @@ def _moves(kind: str, dtype: torch.dtype, timer: Timer) -> tuple[Table, dict[str
         others = _OTHERS if n <= _CACHED else 1
         a, b = (torch.randn(others, n, device=timer.at).to(dtype) for _ in range(2))
         seconds.append(timer.alone(_in_turn(lambda each, a=a, b=b: a[each] + b[each], others)))
-    moved, size = _moved(kind, dtype), dtype.itemsize
+    size = torch.empty(0, dtype=dtype).element_size()
+    moved = [3.0 * n * size for n in _NUMBERS[kind]]
     rates = [[each / _without(taken, seconds[0])] for each, taken in zip(moved, seconds[1:], strict=True)]
     table = Table(moved, [1.0], rates)
     x = torch.randn(_OTHERS, 512, 512, device=timer.at).to(dtype)
@@ -129,11 +113,6 @@ def _moves(kind: str, dtype: torch.dtype, timer: Timer) -> tuple[Table, dict[str
     }
     plain = {name: numbers * size * x[0].numel() for name, (numbers, _) in taken.items()}
     return table, {name: max(1.0, each[1] * table.at(plain[name]) / plain[name]) for name, each in taken.items()}
-
-
-def _moved(kind: str, dtype: torch.dtype) -> list[float]:
-    """Bytes of the sums that are measured."""
-    return [3.0 * n * dtype.itemsize for n in _NUMBERS[kind]]
 
 
 def _in_turn(run: Callable[[int], Any], others: int = _OTHERS) -> Callable[[], Any]:

@@ -28,7 +28,7 @@ TRUE = replace(
 class Known(Timer):
     """A timer of a machine that is as fast as `TRUE`."""
 
-    def in_turns(self, runs: Any, turns: int, calls: int) -> Any:
+    def in_turns(self, runs: Any, turns: int) -> Any:
         self.trials.extend(runs)
         return {trial: trial.seconds(TRUE) for trial in runs}
 
@@ -76,7 +76,7 @@ def test_kernels_are_slower_by_the_size_of_a_batch_and_logits_by_their_own() -> 
     assert device.time(0.1, 3, rest=1.0, rows=10, d_model=8) == pytest.approx(0.4 + 1.0)
 
 
-def test_turns_count_long_calls_once_and_brief_ones_as_often_as_asked() -> None:
+def test_of_a_turn_a_long_call_counts_and_the_second_of_two_brief_ones() -> None:
     calls: list[str] = []
     now = iter(range(10**6))
     seconds = {"long": 3, "brief": 0}
@@ -87,8 +87,8 @@ def test_turns_count_long_calls_once_and_brief_ones_as_often_as_asked() -> None:
             next(now)
 
     clock = Timer(torch.device("cpu"), clock=lambda: 0.02 * next(now))
-    found = clock.in_turns({name: lambda name=name: run(name) for name in seconds}, turns=3, calls=2)
-    assert calls == ["long", "long", "brief", "brief", "brief"] * 3
+    found = clock.in_turns({name: lambda name=name: run(name) for name in seconds}, turns=3)
+    assert calls == ["long", "brief", "brief"] * 3
     assert found["long"] > found["brief"] > 0
 
 
