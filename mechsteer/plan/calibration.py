@@ -85,7 +85,7 @@ def calibrated(device: Device, timer: Timer, dtype: torch.dtype, at: torch.devic
     ]  # fmt: skip
     back = {each: _gradient(each, device, dtype, at, n_prompts=1, length=8) for each in (few, many)}
     plain = [_large_sweep(each, device, dtype, at) for each in whole]
-    # The widest one's grown batch would take seconds, and is as fast as its first one.
+    # The widest one's grown batch would take too long to measure: its first one stands for it.
     grown = [_large_sweep(each, device, dtype, at, grown=True) for each in whole[:-1]]
     ragged = [_ragged_sweep(each, device, dtype, at) for each in whole]
     large_back = [_large_gradient(each, device, dtype, at) for each in whole]

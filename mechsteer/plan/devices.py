@@ -157,7 +157,7 @@ class Device:
             d_model: of the model.
         """
         if kind in self.engine:
-            kernels = kernels * self.engine[kind].at(max(1, rows), d_model)
+            kernels = kernels * self.engine[kind].at(rows, d_model)
         if "logits" in self.engine and rest:
             rest = rest * self.engine["logits"].at(rest)
         host = self.batch_times[kind] * self.batch_seconds + self.layer_times[kind] * layers * self.layer_seconds

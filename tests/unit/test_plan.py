@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 import mechsteer as ms
 from mechsteer.backends.packing import Pack
+from mechsteer.backends.random_weights import random_hooked
 from mechsteer.batches import Grid
 from mechsteer.costs import BatchSize, counted
 from mechsteer.engine import Engine
@@ -31,12 +31,7 @@ SHAPE = ms.Shape(3, 48, 4, 2, 16, 80, 96, context=64, name="tiny")
 
 @pytest.fixture(scope="module")
 def model() -> ms.Model:
-    cfg = HookedTransformerConfig(
-        n_layers=3, d_model=48, n_ctx=64, d_head=16, n_heads=4, n_key_value_heads=2, d_mlp=80, d_vocab=96,
-        act_fn="silu", gated_mlp=True, normalization_type="RMS", positional_embedding_type="rotary", rotary_dim=16,
-        rotary_base=10000.0, seed=0, model_name="tiny", device="cpu",
-    )  # fmt: skip
-    return ms.Model(HookedTransformer(cfg).eval(), name="tiny")
+    return ms.Model(random_hooked(SHAPE.dims, device="cpu", dtype=torch.float32, n_ctx=64, name="tiny"), name="tiny")
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
