@@ -90,6 +90,7 @@ class Store:
         self.values: dict[str, np.ndarray] = {name: np.full(shape, np.nan, dtype=dtype) for name in names}
         self.done: np.ndarray = np.zeros(shape, dtype=bool)
         self._writer = None if folder is None else ShardWriter(folder)
+        self._read: set[str] = set()
 
     @staticmethod
     def open(
@@ -121,7 +122,7 @@ class Store:
                     f"{folder} holds another sweep: model, prompts, axes, interventions or objectives differ. "
                     "Choose another folder for out=, or delete this one."
                 )
-            store.read(name for name in there if name.startswith("shard-") and name.endswith(".safetensors"))
+            store.refresh()
         elif there:
             raise MechsteerError(f"{folder} is not empty and holds no sweep. Choose another folder for out=.")
         else:
@@ -145,19 +146,24 @@ class Store:
         if self._writer is not None:
             self._writer.flush()
 
-    def read(self, names: Iterable[str]) -> None:
-        """Take the values of shards in the folder.
+    def refresh(self) -> int:
+        """Take the values of shards in the folder that were not there the last time; how many of them are new.
 
         Raises:
             MechsteerError: one is missing or damaged.
         """
-        assert self.folder is not None and self._writer is not None
-        for name in names:
+        if self.folder is None or self._writer is None:
+            return 0
+        shards = {name for name in self.folder.names() if name.startswith("shard-") and name.endswith(".safetensors")}
+        new = 0
+        for name in sorted(shards - self._read):
             with self.folder.open_tensors(name, format="sweep shard", version=_VERSION) as (file, manifest):
                 for index in range(manifest["batches"]):
                     cells, prompts = (file.get_tensor(f"{index}.{key}").numpy() for key in ("cells", "prompts"))
                     arrays = {each: file.get_tensor(f"{index}.value.{each}").numpy() for each in self.values}
-                    self.add(Values(cells.tolist(), prompts, arrays), written=True)
+                    new += self.add(Values(cells.tolist(), prompts, arrays), written=True)
             number = name.removeprefix("shard-").removesuffix(".safetensors")
             if number.isdecimal():
                 self._writer.number = max(self._writer.number, int(number) + 1)
+            self._read.add(name)
+        return new

@@ -187,7 +187,12 @@ def _run_there(executor: Executor, grid: Grid, store: Store, rows: int, shown: B
     batches = grid.batches(store.done, rows)
     work = SweepWork(engine.prompts, engine.measures, grid.cells, grid.chunk)
     failed: list[tuple[Batch, str]] = []
-    with closing(executor.run(engine.model, work, batches, folder=store.folder)) as outcomes:
+
+    def left() -> list[Batch]:
+        shown.advance(store.refresh())
+        return grid.batches(store.done, rows)
+
+    with closing(executor.run(engine.model, work, batches, folder=store.folder, left=left)) as outcomes:
         for batch, outcome in outcomes:
             if isinstance(outcome, Failure):
                 failed.append((batch, outcome.reason))

@@ -39,7 +39,13 @@ class Executor(Protocol):
     """Computes items of work."""
 
     def run(
-        self, model: Any, work: Work, items: Sequence[Any], *, folder: Folder | None
+        self,
+        model: Any,
+        work: Work,
+        items: Sequence[Any],
+        *,
+        folder: Folder | None,
+        left: Callable[[], Sequence[Any]] | None = None,
     ) -> Generator[tuple[Any, Any], None, None]:
         """Compute items, in any order.
 
@@ -48,6 +54,8 @@ class Executor(Protocol):
             work: what to compute.
             items: of the work: values that can be hashed and compared, each once.
             folder: where workers write what they have computed, as `StoredWork` says; None for nowhere.
+            left: which of the items the folder does not hold by now, for an executor whose workers may have gone on
+                without this process: what they wrote meanwhile need not come out. None: all of them.
 
         Yields:
             An item, and what came out; or a Failure, if it failed every time it was tried.

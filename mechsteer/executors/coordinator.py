@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -87,11 +87,12 @@ class Coordinator:
 
 
 def follow(
-    executor: "RayExecutor", name: str, model: Any, work: "Work", items: Sequence[Any], folder: Folder
+    executor: "RayExecutor", name: str, model: Any, work: "Work", left: Callable[[], Sequence[Any]], folder: Folder
 ) -> Generator[tuple[Any, Any], None, None]:
     """Start the coordinator of this name, or join the one there is, and tell what comes out.
 
-    One that is lost, such as with its machine, is started again with what has not come out.
+    One that is lost, such as with its machine, is started again with what has not come out. What `left` does not give
+    any more, when one is to be started, is in the folder and does not come out.
 
     Raises:
         MechsteerError: the coordinator is lost again and again, or ended with an error.
@@ -107,9 +108,12 @@ def follow(
                 _stop(coordinator, name)
                 coordinator, begun = _coordinator(name), False
             if not begun:
-                left = [item for item in items if item not in came]
+                # Asked now: what came last may be newer than the caller's look into the folder.
+                items = [item for item in left() if item not in came]
+                if not items:
+                    return
                 how = Parcel.of(model), gpus_of(model), environment_of()
-                ray.get(coordinator.start.remote(executor, *how, work, left, folder))
+                ray.get(coordinator.start.remote(executor, *how, work, items, folder))
             with closing(_told(coordinator)) as outcomes:
                 for item, outcome in outcomes:
                     came.add(item)

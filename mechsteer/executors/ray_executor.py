@@ -6,7 +6,7 @@ Ray is an optional dependency (`pip install 'mechsteer[ray]'`), imported when a 
 import hashlib
 import os
 import socket
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,13 @@ class RayExecutor:
             )
 
     def run(
-        self, model: Any, work: "Work", items: Sequence[Any], *, folder: Folder | None
+        self,
+        model: Any,
+        work: "Work",
+        items: Sequence[Any],
+        *,
+        folder: Folder | None,
+        left: Callable[[], Sequence[Any]] | None = None,
     ) -> Generator[tuple[Any, Any], None, None]:
         """See `mechsteer.executors.Executor.run`.
 
@@ -77,7 +83,7 @@ class RayExecutor:
             return
         self.connect()
         if folder is not None and not self._started:
-            yield from self._joined(model, work, items, folder)
+            yield from self._joined(model, work, left or (lambda: items), folder)
             return
         crew = self._crew_for(model)
         yield from crew.run(work, items, folder)
@@ -143,7 +149,7 @@ class RayExecutor:
         return self._crew[1]
 
     def _joined(
-        self, model: Any, work: "Work", items: Sequence[Any], folder: Folder
+        self, model: Any, work: "Work", left: Callable[[], Sequence[Any]], folder: Folder
     ) -> Generator[tuple[Any, Any], None, None]:
         """Through a coordinator that outlives this process; the folder, and what is in it, tell which."""
         from mechsteer.executors.coordinator import follow
@@ -153,7 +159,7 @@ class RayExecutor:
             [str(folder.local or folder.url), *(folder.read_text(name) for name in folder.names() if name == MANIFEST)]
         )
         name = hashlib.sha256(about.encode()).hexdigest()[:24]
-        yield from follow(self, f"mechsteer-{name}", model, work, items, folder)
+        yield from follow(self, f"mechsteer-{name}", model, work, left, folder)
 
 
 def _check_answers(address: str) -> None:

@@ -30,7 +30,7 @@ class Elsewhere:
         self.fails, self.n, self.limits = fails, 0, limits
 
     def run(
-        self, model: ms.Model, work: Any, items: Sequence[Any], *, folder: Folder | None
+        self, model: ms.Model, work: Any, items: Sequence[Any], *, folder: Folder | None, left: Any = None
     ) -> Generator[tuple[Any, Any], None, None]:
         limits = {} if self.limits is None else {"cpu": self.limits}
         others = (batches.CHUNK, candidates.CANDIDATE_TOKENS, candidates.CANDIDATE_LOGITS)
@@ -147,6 +147,20 @@ def test_an_executor_that_ends_early_is_told(model: ms.Model) -> None:
 
     with pytest.raises(ms.MechsteerError, match="ended before all was done"):
         ms.sweep(model, executor=Lazy(), **options(model))
+
+
+def test_what_workers_wrote_meanwhile_is_taken_from_the_folder(
+    model: ms.Model, here: ms.Result, tmp_path: Path
+) -> None:
+    class Meanwhile(Elsewhere):
+        def run(
+            self, model: ms.Model, work: Any, items: Sequence[Any], *, folder: Folder | None, left: Any = None
+        ) -> Generator[tuple[Any, Any], None, None]:
+            list(super().run(model, work, items[1:], folder=folder))  # nobody hears of these
+            yield from super().run(model, work, still := left(), folder=folder)
+            assert still == items[:1] and len(items) > 2
+
+    same(ms.sweep(model, executor=Meanwhile(), out=tmp_path / "sweep", **options(model)), here)
 
 
 def test_what_fails_is_told_at_the_end_with_its_place_and_tried_again(

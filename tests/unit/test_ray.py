@@ -55,6 +55,8 @@ class Troubled(ms.Objective):
             self.marker.unlink()
             os.kill(os.getpid(), signal.SIGKILL)
         values = self.gap(run)
+        while self.trouble == "wait" and self.marker.exists():
+            time.sleep(0.05)
         if self.trouble == "raise" and self.marker.exists() and bool((values > 1e4).any()):
             raise ValueError("too large to be true")
         return values
@@ -253,49 +255,98 @@ class _Huge(ms.Objective):
 
 
 _DRIVER = """
-import sys
+import logging, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import test_ray, cases, torch
 import mechsteer as ms
 torch.set_num_threads(1)
+logging.getLogger("mechsteer.executors").setLevel("INFO")
+logging.getLogger("mechsteer.executors").addHandler(logging.StreamHandler(sys.stdout))
 model, given = cases.model("pocket"), Path({tmp!r})
 executor = ms.RayExecutor(address={address!r})
-made = ms.sweep(model, executor=executor, out=given / "out", **test_ray.options(model, given / "none", seconds=0.6))
+made = ms.sweep(model, executor=executor, out=given / "out", **test_ray.options(model, given / "hold", "wait", 0.6))
 made.save(given / "made.safetensors")
 """
+
+
+@dataclass
+class Driver:
+    """A process that makes a sweep on a cluster, into `folder`/out; it waits there while `folder`/hold exists."""
+
+    folder: Path
+    address: str
+    process: "subprocess.Popen[bytes]" = field(init=False)
+
+    def start(self) -> None:
+        tests = Path(__file__).parent
+        code = _DRIVER.format(tests=str(tests), tmp=str(self.folder), address=self.address)
+        path = os.pathsep.join([str(tests), str(tests.parent), *sys.path])
+        with open(self.folder / "told", "w") as told:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stdout=told
+            )
+
+    def leave(self) -> None:
+        """Start, and be killed as soon as there are results."""
+        out = self.folder / "out"
+        self.start()
+        wait_for(lambda: out.exists() and shards(out))
+        self.process.kill()
+        self.process.wait()
+        there = len(shards(out))
+        # The work goes on without it.
+        wait_for(lambda: len(shards(out)) > there)
 
 
 def test_a_driver_that_is_killed_and_started_again_joins_what_goes_on(
     cluster: Any, model: ms.Model, tmp_path: Path
 ) -> None:
-    code = _DRIVER.format(tests=str(Path(__file__).parent), tmp=str(tmp_path), address=cluster.address)
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
-    start = lambda: subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})  # noqa: E731
-    out = tmp_path / "out"
-    driver = start()
-    wait_for(lambda: out.exists() and shards(out))
-    driver.kill()
-    driver.wait()
-    left = len(shards(out))
-    # The work goes on without it,
-    wait_for(lambda: len(shards(out)) > left)
-    # and the next one joins.
-    again = start()
-    assert again.wait(timeout=240) == 0
+    driver, out = Driver(tmp_path, cluster.address), tmp_path / "out"
+    driver.leave()
+    (tmp_path / "hold").touch()
+    driver.start()
+    wait_for(lambda: "worker on" in (tmp_path / "told").read_text())
+    assert (times_written(out, (model.n_layers, len(ALPHAS), 3)) == 0).any(), "nothing was left to join"
+    (tmp_path / "hold").unlink()
+    assert driver.process.wait(timeout=240) == 0
     made = ms.Result.load(tmp_path / "made.safetensors").data["gap"].values
     assert np.array_equal(made, expected(model, tmp_path))
     assert (times_written(out, made.shape) == 1).all()
+    assert Folder(out).read_text("executor.log").count("items in") == 1
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_is_finished_between_a_look_into_the_folder_and_the_joining_is_not_computed_again(
+    gone: bool, cluster: Any, model: ms.Model, tmp_path: Path
+) -> None:
+    driver, out = Driver(tmp_path, cluster.address), tmp_path / "out"
+    driver.leave()
+    ended = lambda: "items in" in Folder(out).read_text("executor.log")  # noqa: E731
+
+    class Late(ms.RayExecutor):
+        def run(self, *given: Any, **named: Any) -> Iterator[tuple[Any, Any]]:
+            assert not ended()
+            wait_for(ended)
+            if gone:
+                self.connect()
+                (name,) = ray.util.list_named_actors()
+                ray.kill(ray.get_actor(name))
+            return super().run(*given, **named)
+
+    executor, given = Late(address=cluster.address), options(model, tmp_path / "hold", "wait", 0.6)
+    made = ms.sweep(model, executor=executor, out=out, **given).data["gap"].values
+    assert np.array_equal(made, expected(model, tmp_path))
+    assert (times_written(out, made.shape) == 1).all()
+    assert not ray.util.list_named_actors()
 
 
 def test_ctrl_c_stops_the_work_on_the_cluster(cluster: Any, model: ms.Model, tmp_path: Path) -> None:
-    code = _DRIVER.format(tests=str(Path(__file__).parent), tmp=str(tmp_path), address=cluster.address)
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
-    out = tmp_path / "out"
-    driver = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
+    driver, out = Driver(tmp_path, cluster.address), tmp_path / "out"
+    driver.start()
     wait_for(lambda: out.exists() and shards(out))
-    driver.send_signal(signal.SIGINT)
-    assert driver.wait(timeout=60) != 0
+    driver.process.send_signal(signal.SIGINT)
+    assert driver.process.wait(timeout=60) != 0
     time.sleep(4)
     left = shards(out)
     time.sleep(4)
