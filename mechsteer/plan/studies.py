@@ -28,7 +28,7 @@ ROUGH: dict[str, tuple[float, str]] = {
     "travel": (2.1, "passes in forward mode, dense Jacobians and their singular values"),
     "strength": (1.2, "the local laws and the choice among curves"),
     "features": (1.2, "what the autoencoder itself computes"),
-    "together": (1.4, "the weights of edits, which are solved for"),
+    "together": (1.3, "the weights of edits, which are solved for"),
 }
 """Chapters that are modelled only roughly: how many times as long as predicted they took, and what is left out or
 simplified. `python benchmarks/scale.py --study` measured that on the pocket model; see `docs/cost.md`."""
