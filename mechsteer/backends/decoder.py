@@ -396,7 +396,7 @@ class Decoder:
         n_kv, group = self.n_kv_heads, self.n_heads // self.n_kv_heads
         buckets = pack.buckets(queries)
         if seen:
-            buckets = [Bucket(pack, queries, None)]
+            buckets = [Bucket(pack, queries, None, queries.width)]
         out = q.new_empty(q.shape) if len(buckets) > 1 else None
         for bucket in buckets:
             mine_k, mine_v = (x if bucket.items is None else x.index_select(0, bucket.items) for x in (keys, values))

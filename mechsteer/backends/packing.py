@@ -130,11 +130,11 @@ class Pack:
         """The items in groups of like width, so that little of the attention is padding."""
         key = ("buckets", queries is self.last)
         if key not in self._memo:
-            self._memo[key] = [Bucket(self, queries, items) for items, _, _ in self._groups(queries)]
+            self._memo[key] = [Bucket(self, queries, *group) for group in self._groups(queries)]
         return self._memo[key]
 
-    def _groups(self, queries: Layout) -> list[tuple[Int[Tensor, " item"] | None, int, int]]:
-        """Which items are in each bucket (None for all), how many, and the width of its rectangle."""
+    def _groups(self, queries: Layout) -> list[tuple[Int[Tensor, " item"] | None, int]]:
+        """Which items are in each bucket (None for all), and the width of its rectangle."""
         key = ("groups", queries is self.last)
         if key not in self._memo:
             n_items = self.all.n_items
@@ -143,9 +143,9 @@ class Pack:
                 counts = counts.index_add(0, queries.item, torch.ones_like(queries.item))
                 counts, order = counts.sort(descending=True, stable=True)
                 widest = zip(order.chunk(BUCKETS), counts.chunk(BUCKETS), strict=True)
-                self._memo[key] = [(items, items.shape[0], int(width[0])) for items, width in widest]
+                self._memo[key] = [(items, int(width[0])) for items, width in widest]
             else:
-                self._memo[key] = [(None, queries.n_items, queries.width)]
+                self._memo[key] = [(None, queries.width)]
         return self._memo[key]
 
     def counts(self, *, own: bool = False) -> Counts:
@@ -156,7 +156,10 @@ class Pack:
         def pairs(queries: Layout) -> float:
             if way == "split":
                 return float(queries.n_items * queries.width * keys)
-            return float(sum(n_items * width for _, n_items, width in self._groups(queries)) * keys)
+            sizes = (
+                (queries.n_items if items is None else items.shape[0], width) for items, width in self._groups(queries)
+            )
+            return float(sum(n_items * width for n_items, width in sizes) * keys)
 
         return Counts(
             self.all.n_items, self.all.item.shape[0], self.last.item.shape[0], self.all.width, self.last.width,
@@ -211,25 +214,23 @@ class Bucket:
 
     Attributes:
         items: which, in the order of the rectangle; None for all in order.
+        width: of the rectangle: as many as the queries of the item with the most.
         rows: their rows among the queries; None for all in order.
         place: where each of them stands in [item, width]; None where the rectangle is full.
     """
 
-    def __init__(self, pack: Pack, queries: Layout, items: Int[Tensor, " item"] | None) -> None:
-        self.items, self.pack = items, pack
+    def __init__(self, pack: Pack, queries: Layout, items: Int[Tensor, " item"] | None, width: int) -> None:
+        self.items, self.pack, self.width = items, pack, width
         self.n_items = queries.n_items if items is None else items.shape[0]
         if items is None:
-            self.rows, self.width = None, queries.width
+            self.rows = None
             self.place = None if queries.dense else queries.index
             self._query = queries.positions(-1)
         else:
-            position = queries.positions(-1)[items]
-            real = position >= 0
-            self.width = int(real.sum(1).max()) if real.numel() else 0
-            self._query = position[:, : self.width]
+            self._query = queries.positions(-1)[items, :width]
             full = queries.index.new_full((queries.n_items * queries.width,), -1)
             full = full.index_copy_(0, queries.index, torch.arange(queries.index.shape[0], device=items.device))
-            row = full.view(queries.n_items, queries.width)[items][:, : self.width].reshape(-1)
+            row = full.view(queries.n_items, queries.width)[items, :width].reshape(-1)
             self.place = (row >= 0).nonzero().squeeze(1)
             self.rows = row[self.place]
             if self.place.shape[0] == row.shape[0]:

@@ -67,6 +67,16 @@ def test_a_planned_pack_counts_what_a_real_one_does(seed: int) -> None:
         start = cells.expand(n_prompts, -1).contiguous()
         pack = Pack(lambda e, p, c, on=prompts: Rows(on, e, p, c), start, torch.full_like(start, stop), mask)
         assert pack.counts() == counted(starts, stop, read, n_prompts)
+        # Where attention is computed in buckets, their rectangles are what is counted.
+        counts = pack.counts(own=True)
+        for queries, pairs in ((pack.all, counts.pairs), (pack.last, counts.last_pairs)):
+            assert sum(each.n_items * each.width for each in pack.buckets(queries)) * counts.n_keys == pairs
+            for each in pack.buckets(queries):
+                # No wider than its widest item, and each row stands in it once.
+                padded = each.pad(torch.ones(len(queries.item), 1, 1))
+                assert each.width == int(padded.sum((1, 2, 3)).max())
+            rows = torch.arange(1.0, len(queries.item) + 1).view(-1, 1, 1)
+            assert sum(float(each.pad(rows).sum()) for each in pack.buckets(queries)) == float(rows.sum())
 
 
 @pytest.mark.parametrize(
