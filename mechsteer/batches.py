@@ -139,9 +139,13 @@ class Grid:
                 while left:
                     batch, _ = self.first(chunk, group, left, rows)
                     left = left[len(batch.places) :]
-                    if not done[np.asarray(self.members(batch))[:, None], self.prompts(batch)].all():
+                    if not self.is_done(batch, done):
                         found.append(batch)
         return found
+
+    def is_done(self, batch: Batch, done: np.ndarray) -> bool:
+        """Whether all cells of a batch are done on all of its prompts."""
+        return bool(done[np.asarray(self.members(batch))[:, None], self.prompts(batch)].all())
 
     def members(self, batch: Batch) -> list[int]:
         """Indices of a batch's cells."""

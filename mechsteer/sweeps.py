@@ -190,7 +190,7 @@ def _run_there(executor: Executor, grid: Grid, store: Store, rows: int, shown: B
 
     def left() -> list[Batch]:
         shown.advance(store.refresh())
-        return grid.batches(store.done, rows)
+        return [batch for batch in batches if not grid.is_done(batch, store.done)]
 
     with closing(executor.run(engine.model, work, batches, folder=store.folder, left=left)) as outcomes:
         for batch, outcome in outcomes:

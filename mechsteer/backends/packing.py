@@ -130,11 +130,11 @@ class Pack:
         """The items in groups of like width, so that little of the attention is padding."""
         key = ("buckets", queries is self.last)
         if key not in self._memo:
-            self._memo[key] = [Bucket(self, queries, *group) for group in self._groups(queries)]
+            self._memo[key] = [Bucket(self, queries, items, width) for items, _, width in self._groups(queries)]
         return self._memo[key]
 
-    def _groups(self, queries: Layout) -> list[tuple[Int[Tensor, " item"] | None, int]]:
-        """Which items are in each bucket (None for all), and the width of its rectangle."""
+    def _groups(self, queries: Layout) -> list[tuple[Int[Tensor, " item"] | None, int, int]]:
+        """Which items are in each bucket (None for all), how many, and the width of its rectangle."""
         key = ("groups", queries is self.last)
         if key not in self._memo:
             n_items = self.all.n_items
@@ -143,9 +143,9 @@ class Pack:
                 counts = counts.index_add(0, queries.item, torch.ones_like(queries.item))
                 counts, order = counts.sort(descending=True, stable=True)
                 widest = zip(order.chunk(BUCKETS), counts.chunk(BUCKETS), strict=True)
-                self._memo[key] = [(items, int(width[0])) for items, width in widest]
+                self._memo[key] = [(items, items.shape[0], int(width[0])) for items, width in widest]
             else:
-                self._memo[key] = [(None, queries.width)]
+                self._memo[key] = [(None, queries.n_items, queries.width)]
         return self._memo[key]
 
     def counts(self, *, own: bool = False) -> Counts:
@@ -156,10 +156,7 @@ class Pack:
         def pairs(queries: Layout) -> float:
             if way == "split":
                 return float(queries.n_items * queries.width * keys)
-            sizes = (
-                (queries.n_items if items is None else items.shape[0], width) for items, width in self._groups(queries)
-            )
-            return float(sum(n_items * width for n_items, width in sizes) * keys)
+            return float(sum(n_items * width for _, n_items, width in self._groups(queries)) * keys)
 
         return Counts(
             self.all.n_items, self.all.item.shape[0], self.last.item.shape[0], self.all.width, self.last.width,

@@ -25,10 +25,10 @@ from mechsteer.plan.shape import Shape
 from mechsteer.plan.sweeps import Planned, _device, assumptions, check_numbers, shared_rows
 
 ROUGH: dict[str, tuple[float, str]] = {
-    "travel": (2.1, "passes in forward mode, dense Jacobians and their singular values"),
-    "strength": (1.2, "the local laws and the choice among curves"),
+    "travel": (2.2, "passes in forward mode, dense Jacobians and their singular values"),
+    "strength": (1.3, "the local laws and the choice among curves"),
     "features": (1.2, "what the autoencoder itself computes"),
-    "together": (1.3, "the weights of edits, which are solved for"),
+    "together": (1.2, "the weights of edits, which are solved for"),
 }
 """Chapters that are modelled only roughly: how many times as long as predicted they took, and what is left out or
 simplified. `python benchmarks/scale.py --study` measured that on the pocket model; see `docs/cost.md`."""

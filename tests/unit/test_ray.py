@@ -288,7 +288,7 @@ class Driver:
             )
 
     def leave(self) -> None:
-        """Start, and be killed as soon as there are results."""
+        """Start, be killed as soon as there are results, and come back when there are more."""
         out = self.folder / "out"
         self.start()
         wait_for(lambda: out.exists() and shards(out))
